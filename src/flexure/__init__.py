@@ -1,0 +1,1 @@
+"""Measure, steer and train the curvature of neural networks in input space."""
