@@ -5,11 +5,10 @@ Nothing here computes. Every other module may import this one; it imports none o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 __all__ = [
@@ -114,32 +113,3 @@ class RecipeConfig(Protocol):
 
     @classmethod
     def small(cls) -> RecipeConfig: ...
-
-
-def as_batches(batches: Batches) -> Sequence[tuple[Any, Tensor]] | Batches:
-    """`batches`, made safe to iterate more than once: a one-pass iterator becomes a list."""
-    return list(batches) if iter(batches) is batches else batches
-
-
-def call_model(model: nn.Module, x: Any) -> Any:
-    """Calls `model` on an `Example`."""
-    if isinstance(x, dict):
-        return model(**x)
-    if isinstance(x, tuple):
-        return model(*x)
-    return model(x)
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: the tensor itself, or its `.logits`.
-
-    Raises:
-        FlexureError: the output is neither.
-    """
-    logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, torch.Tensor):
-        raise FlexureError(
-            f"expected the model to return a tensor or an object with .logits, got "
-            f"{type(output).__name__}; wrap the model so that it returns logits"
-        )
-    return logits

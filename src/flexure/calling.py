@@ -1,0 +1,58 @@
+"""How flexure calls other people's models and data: examples, outputs, batches, modes.
+
+Knows nothing of activations or methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexure.contracts import Batches, FlexureError
+
+__all__ = ["as_batches", "call_model", "evaluating", "logits_of"]
+
+
+def as_batches(batches: Batches) -> Batches:
+    """`batches`, made safe to iterate more than once: a one-pass iterator becomes a list."""
+    return list(batches) if iter(batches) is batches else batches
+
+
+def call_model(model: nn.Module, x: Any) -> Any:
+    """Calls `model` on an `Example`."""
+    if isinstance(x, dict):
+        return model(**x)
+    if isinstance(x, tuple):
+        return model(*x)
+    return model(x)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output: the tensor itself, or its `.logits`.
+
+    Raises:
+        FlexureError: the output is neither.
+    """
+    logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, torch.Tensor):
+        raise FlexureError(
+            f"expected the model to return a tensor or an object with .logits, got "
+            f"{type(output).__name__}; wrap the model so that it returns logits"
+        )
+    return logits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for every module inside, each module's own mode restored afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
