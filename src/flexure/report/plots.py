@@ -1,0 +1,284 @@
+"""Pictures for reports: numbers in, inline SVG with alternative text out.
+
+One idea a picture, in the Okabe-Ito palette (safe for colour-blind readers), with shapes and dashes
+that tell the same story as the colours. Ink is `currentColor` and the background is transparent,
+so a picture follows the light or dark page around it. Nothing here trains, measures or writes
+files, and pyplot's global state is not touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flexure.contracts import FlexureError
+
+__all__ = [
+    "Curve",
+    "Estimate",
+    "Picture",
+    "boundary",
+    "curves",
+    "estimates",
+    "score_against_beta",
+]
+
+# Okabe and Ito (2008), "Color universal design".
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+SKY, PURPLE, YELLOW = "#56B4E9", "#CC79A7", "#F0E442"
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW)
+DASHES = ("-", "--", ":", "-.")
+# Stands for the page's text colour until the SVG is written; no picture uses it otherwise.
+INK = "#010203"
+
+_STYLE: dict[str, Any] = {
+    "axes.edgecolor": INK,
+    "axes.facecolor": "none",
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10.5,
+    "figure.facecolor": "none",
+    "font.family": "DejaVu Sans",  # ships with matplotlib: the same picture on every machine
+    "font.size": 10.5,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "lines.linewidth": 2.0,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "flexure",  # the same numbers give the same bytes
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+_WIDE = (5.6, 3.9)  # inches; the page scales it between a phone's width and its own column
+_PANEL = (3.6, 3.3)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture.
+
+    Attributes:
+        svg: an `<svg>` element for use inside an HTML page.
+        alt: what it shows, in words, for readers who do not see it.
+    """
+
+    svg: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a plot; equally long sequences.
+
+    Attributes:
+        label: what the line is, for the legend.
+        x: positions.
+        y: values, in the unit of the plot's y axis.
+        errors: half-width of the band around `y` (one standard error), or nothing.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    errors: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.x), len(self.y), len(self.x if self.errors is None else self.errors)}
+        if len(lengths) != 1 or not len(self.x):
+            raise FlexureError(
+                f"expected x, y and errors of one length above 0 for the curve {self.label!r}, "
+                f"got {len(self.x)}, {len(self.y)} and "
+                f"{'none' if self.errors is None else len(self.errors)}"
+            )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval, all in the unit of the plot's axis."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+
+
+def score_against_beta(
+    lines: Sequence[Curve],
+    *,
+    chosen: tuple[float, float],
+    within: Sequence[tuple[float, float]],
+    baseline: float | None,
+    score: str = "validation accuracy (%)",
+    errors: str = "one standard error",
+) -> Picture:
+    """Score of each beta, its error band, the chosen beta and those that are as good.
+
+    Args:
+        lines: one curve, or one for each value of the second dial.
+        chosen: beta and score of the choice.
+        within: betas and scores within one standard error of the best.
+        baseline: score at beta = 1, drawn as a level; None where there is no such level.
+        score: what the score is, with its unit.
+        errors: what the band is.
+    """
+    figure, axes = _canvas(_WIDE)
+    for k, line in enumerate(lines):
+        _line(axes, line, k, band=errors)
+    if baseline is not None:
+        axes.axhline(baseline, color=INK, linewidth=1.2, linestyle=(0, (6, 3)), label="beta = 1")
+    if within:
+        xs, ys = zip(*within, strict=True)
+        axes.plot(
+            xs, ys, "o", color=GREEN, markersize=5, label="within one standard error of the best"
+        )
+    axes.plot(*chosen, "D", color=VERMILION, markersize=9, label=f"chosen: beta = {chosen[0]:.4g}")
+    axes.set(xlabel="beta (no unit; 1 is the unchanged network)", ylabel=score)
+    _legend(figure)
+    level = "" if baseline is None else f", against {baseline:.1f} at beta = 1"
+    return _picture(
+        figure,
+        f"{score} against beta; the chosen beta is {chosen[0]:.4g} with {chosen[1]:.1f}{level}; "
+        f"{len(within)} values of beta lie within one standard error of the best.",
+    )
+
+
+def estimates(rows: Sequence[Estimate], *, axis: str, highlight: Sequence[str] = ()) -> Picture:
+    """Values with their intervals, one below the other, against the line of no change.
+
+    Args:
+        rows: from top to bottom.
+        axis: what the values are, with their unit.
+        highlight: labels of the rows to stress (the summary among its parts).
+    """
+    if not rows:
+        raise FlexureError("expected at least one estimate to draw, got none")
+    figure, axes = _canvas((_WIDE[0], 1.2 + 0.34 * len(rows)))
+    axes.axvline(0, color=INK, linewidth=1.2, linestyle=(0, (6, 3)))
+    for k, row in enumerate(rows):
+        stressed = row.label in highlight
+        colour, marker = (VERMILION, "D") if stressed else (BLUE, "o")
+        axes.plot([row.low, row.high], [k, k], color=colour, linewidth=3 if stressed else 2)
+        axes.plot(row.value, k, marker, color=colour, markersize=8 if stressed else 6)
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(axis)
+    values = "; ".join(f"{r.label}: {r.value:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in rows)
+    return _picture(figure, f"{axis}, with intervals. {values}.")
+
+
+def boundary(
+    grid: Any,
+    *,
+    extent: tuple[float, float, float, float],
+    points: Any,
+    labels: Any,
+    title: str,
+) -> Picture:
+    """The two decision regions of a binary classifier in the plane, and its data.
+
+    Args:
+        grid: `(rows, columns)` array of the margin (logit of class 1 minus logit of class 0),
+            rows from the lowest to the highest second coordinate; the boundary is its zero level.
+        extent: lowest and highest first coordinate, lowest and highest second coordinate.
+        points: `(N, 2)` array.
+        labels: `(N,)` array of 0 and 1.
+        title: above the picture; state the setting.
+    """
+    import numpy as np
+
+    figure, axes = _canvas(_PANEL)
+    margin = np.asarray(grid, dtype=float)
+    xs = np.linspace(extent[0], extent[1], margin.shape[1])
+    ys = np.linspace(extent[2], extent[3], margin.shape[0])
+    axes.contourf(xs, ys, margin > 0, levels=[-0.5, 0.5, 1.5], colors=[SKY, ORANGE], alpha=0.3)
+    axes.contour(xs, ys, margin, levels=[0.0], colors=[INK], linewidths=1.6)
+    for value, (colour, marker) in enumerate(((BLUE, "o"), (VERMILION, "^"))):
+        mine = np.asarray(points)[np.asarray(labels) == value]
+        axes.plot(mine[:, 0], mine[:, 1], marker, color=colour, markersize=2.6)
+    axes.set(xlabel="x1 (no unit)", ylabel="x2 (no unit)", title=title, aspect="equal")
+    return _picture(
+        figure, f"{title}. Data of two classes and the decision boundary between their regions."
+    )
+
+
+def curves(
+    lines: Sequence[Curve],
+    *,
+    title: str,
+    points: Curve | None = None,
+    x_label: str = "x (no unit)",
+    y_label: str = "y (no unit)",
+) -> Picture:
+    """Functions of one variable, with sample points if there are any."""
+    figure, axes = _canvas(_PANEL)
+    if points is not None:
+        axes.plot(points.x, points.y, ".", color=INK, alpha=0.55, markersize=4, label=points.label)
+    for k, line in enumerate(lines):
+        _line(axes, line, k, band=None)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    _legend(figure)
+    drawn = ", ".join(line.label for line in lines)
+    return _picture(figure, f"{title}. {y_label} against {x_label}: {drawn}.")
+
+
+def _canvas(size: tuple[float, float]) -> tuple[Any, Any]:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        return figure, figure.add_subplot()
+
+
+def _line(axes: Any, line: Curve, index: int, *, band: str | None) -> None:
+    colour, dashes = SERIES[index % len(SERIES)], DASHES[index % len(DASHES)]
+    axes.plot(line.x, line.y, dashes, color=colour, label=line.label)
+    if line.errors is not None:
+        low = [y - e for y, e in zip(line.y, line.errors, strict=True)]
+        high = [y + e for y, e in zip(line.y, line.errors, strict=True)]
+        label = None if band is None or index else f"± {band}"
+        axes.fill_between(line.x, low, high, color=colour, alpha=0.2, linewidth=0, label=label)
+
+
+def _legend(figure: Any) -> None:
+    # Below the axes: nothing of the picture can end up behind it.
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9.5, frameon=False, labelcolor=INK)
+
+
+def _picture(figure: Any, alt: str) -> Picture:
+    import io
+
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    return Picture(_inline(buffer.getvalue(), alt), alt)
+
+
+def _inline(document: str, alt: str) -> str:
+    """An SVG document as an element of an HTML page: scalable, described, with ids of its own."""
+    import hashlib
+    from html import escape
+
+    body = document[document.index("<svg") :].replace(INK, "currentColor")
+    # The page may set a lighter blue on a dark background; elsewhere the palette's own is used.
+    body = re.sub(BLUE, f"var(--blue, {BLUE})", body, flags=re.IGNORECASE)
+    body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
+    # Ids are global in a page, and matplotlib numbers every figure's from the start.
+    own = hashlib.sha256((body + alt).encode()).hexdigest()[:8]
+    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}-", body)
+    opening = re.match(r"<svg[^>]*>", body)
+    box = re.search(r'viewBox="([^"]+)"', body)
+    if opening is None or box is None:  # matplotlib has changed what it writes
+        raise RuntimeError("expected an <svg> element with a viewBox from matplotlib")
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{box.group(1)}" role="img" aria-label="{escape(alt, quote=True)}">'
+    )
+    return head + body[opening.end() :].strip()
