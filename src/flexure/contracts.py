@@ -66,9 +66,15 @@ class LabelledData(Protocol):
     vectors are `(D,)` float32 tensors. A model's own preprocessing turns them into its input.
     """
 
-    labels: Tensor
-    """`(N,)` int64, in `range(len(classes))`."""
-    classes: tuple[str, ...]
+    @property
+    def labels(self) -> Tensor:
+        """`(N,)` int64, in `range(len(classes))`."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """One name a class."""
+        ...
 
     def __len__(self) -> int: ...
 
