@@ -1,0 +1,28 @@
+"""Labelled data by address, seeded stratified splits, and preprocessed batches."""
+
+from flexure.data.batches import (
+    PreparedBatches,
+    Splits,
+    Subset,
+    batches,
+    only_classes,
+    split,
+    stratified_split,
+)
+from flexure.data.labelled import ArrayData, LazyData, from_arrays
+from flexure.data.sources import CATALOGUE, load_data
+
+__all__ = [
+    "CATALOGUE",
+    "ArrayData",
+    "LazyData",
+    "PreparedBatches",
+    "Splits",
+    "Subset",
+    "batches",
+    "from_arrays",
+    "load_data",
+    "only_classes",
+    "split",
+    "stratified_split",
+]
