@@ -94,6 +94,13 @@ def test_sizes_that_do_not_fit(sizes) -> None:
         stratified_split(torch.arange(10) % 2, sizes, seed=0)
 
 
+@pytest.mark.parametrize("sizes", [[0.2, 0.8], [0.8, 0.2]])
+def test_small_class_reaches_both_ends(sizes) -> None:
+    labels = torch.tensor([0] * 20 + [1] * 3)
+    parts = stratified_split(labels, sizes, seed=0)
+    assert sorted(int(labels[part].sum()) for part in parts) == [1, 2]
+
+
 def test_class_missing_from_a_part() -> None:
     labels = torch.tensor([0] * 30 + [1])
     with pytest.raises(DataError, match=r"none of class 1 \(1 samples in all"):

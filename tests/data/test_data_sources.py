@@ -220,7 +220,9 @@ def test_npz_of_jpeg_bytes(tmp_path: Path) -> None:
         {"offsets": np.array([0, 1])},
         {"offsets": np.array([0, 5, 4, 9, 10])},
         {"offsets": np.array([0.0, 1, 2, 3, 4])},
-        {"offsets": np.array([0, 1, 2, 3, 4], dtype=np.uint64)},
+        {"offsets": np.array([0, 5, 4, 9, len(jpeg_arrays()["jpeg"])], dtype=np.uint64)},
+        {"offsets": np.array([1, 5, 8, 9, len(jpeg_arrays()["jpeg"])])},
+        {"offsets": np.array([0, 5, 8, 9, len(jpeg_arrays()["jpeg"]) + 1])},
         {"labels": np.arange(3)},
     ],
 )
@@ -384,6 +386,7 @@ def test_folder_without_splits_and_nested_images(tmp_path: Path) -> None:
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     write_folder(tmp_path, {"car": 2, "train": 2})
+    write_folder(tmp_path / "train", {"steam": 1})
     assert load_data(f"folder:{tmp_path}")["train"].classes == ("car", "train")
 
 
