@@ -50,7 +50,10 @@ def logits_of(output: Any) -> Tensor:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for every module inside, each module's own mode restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    try:
+        model.eval()
+    except NotImplementedError:  # an exported graph has one mode, built in
+        pass
     try:
         yield
     finally:

@@ -1,0 +1,1 @@
+"""Jobs a user has: steer, search, load."""

@@ -1,0 +1,280 @@
+"""Steering: a pretrained network with every activation turned into a CTU, weights untouched.
+
+Training-free. One dial for the whole network, or one per site pattern; plain or calibrated.
+Searching for a dial is `search.py`'s.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from flexure.contracts import AdapterError, Example, SiteError
+from flexure.surgery.adapter import AdapterFile, check_fits, write_adapter
+from flexure.surgery.calibrate import Calibration, Match
+from flexure.surgery.census import sites
+from flexure.surgery.install import Installation, Plan, install, plan
+from flexure.surgery.sites import Site, SiteReport, Where
+from flexure.units.functional import check_dial
+from flexure.units.unit import CTU
+
+__all__ = ["Steering", "load_steering", "steer"]
+
+Dial: TypeAlias = "float | Mapping[str, float]"
+Mixture: TypeAlias = "float | str | Mapping[str, float | str]"
+
+
+def steer(
+    model: nn.Module,
+    *,
+    beta: Dial,
+    c: Mixture = 0.5,
+    example: Example,
+    where: Where = None,
+    axis: int | dict[str, int] | None = None,
+    calibration: Iterable[Any] | None = None,
+    match: Match = "mean",
+) -> Steering:
+    """Turns every activation of `model` into a CTU at the given dial ([CT] eq. 8, section 3).
+
+    The model is changed in place and reversibly: `remove()`, or leaving a `with` block, restores
+    it exactly. Weights are not touched. At beta = 1 a ReLU network computes what it did before.
+
+    Args:
+        model: a pretrained network.
+        beta: the dial in [0, 1], or `{site pattern: beta}`: the first pattern that matches a
+            site counts, and a site that none matches keeps its activation.
+        c: the mixture in [0, 1] (0.5 in the paper), `"balanced"` for beta²/(1+beta²), which
+            leaves no mean shift, or a dict as for beta.
+        example: one input, to find the sites with: a tensor, a tuple or a dict.
+        where: the sites to steer: name patterns or a predicate; all by default.
+        axis: channel axis where the producing layer does not tell it (calibration needs one).
+        calibration: a few hundred unlabelled inputs in batches: every channel then keeps the
+            mean (or mean and spread) it had.
+        match: what calibration keeps: `"mean"` or `"mean+std"`.
+
+    Returns:
+        The handle: set `.beta` and `.c`, read `.report`, `.save(path)`, `.remove()`.
+
+    Raises:
+        FlexureError: beta or c outside [0, 1] or nan.
+        SiteError: no site, a site that cannot be steered, a pattern that matches nothing, or an
+            example that does not run. The model is unchanged.
+    """
+    _check_dials(beta, c)
+    report = sites(model, example, axis=axis)
+    chosen = report.select(where)
+    betas = _per_site(chosen, beta, "beta")
+    chosen = tuple(site for site in chosen if site.name in betas)
+    cs = _per_site(chosen, c, "c")
+    missing = [site.name for site in chosen if site.name not in cs]
+    if missing:
+        raise SiteError(f"no pattern of c matches {', '.join(missing)}, which beta steers")
+    complete = where is None and not isinstance(beta, Mapping)
+    what = plan(report, chosen, complete=complete)
+    placed = _place(model, what, betas, cs)
+    steering = Steering(model, report, what, placed, beta, c)
+    if calibration is not None:
+        try:
+            steering._calibrate(calibration, match)
+        except BaseException:
+            steering.remove()
+            raise
+    return steering
+
+
+class Steering:
+    """A steered model: its dial, its report, and the way back. Made by `steer`.
+
+    Also a context manager that restores the model on exit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        report: SiteReport,
+        what: Plan,
+        placed: Installation[CTU],
+        beta: Dial,
+        c: Mixture,
+    ) -> None:
+        self.model = model
+        self.report = report
+        self._plan = what
+        self._placed = placed
+        self._beta = beta
+        self._c = c
+        self._calibration: Calibration | None = None
+        self._match: Match | None = None
+
+    @property
+    def beta(self) -> Dial:
+        """The dial as it was set. Setting it re-dials every unit, and calibrates anew."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, beta: Dial) -> None:
+        self.dial(beta, self._c)
+
+    @property
+    def c(self) -> Mixture:
+        """The mixture as it was set. Setting it re-dials every unit, and calibrates anew."""
+        return self._c
+
+    @c.setter
+    def c(self, c: Mixture) -> None:
+        self.dial(self._beta, c)
+
+    def dial(self, beta: Dial, c: Mixture) -> None:
+        """Sets both at once; on an error nothing changes.
+
+        Raises:
+            FlexureError: beta or c outside [0, 1] or nan.
+            SiteError: a pattern matches nothing, or leaves out a site that is steered.
+        """
+        _check_dials(beta, c)
+        chosen = self._plan.sites
+        betas, cs = _per_site(chosen, beta, "beta"), _per_site(chosen, c, "c")
+        for name, values in (("beta", betas), ("c", cs)):
+            missing = [site.name for site in chosen if site.name not in values]
+            if missing:
+                raise SiteError(f"no pattern of {name} matches {', '.join(missing)}")
+        for name, unit in self.units.items():
+            unit.dial(betas[name], cs[name])
+        self._beta, self._c = beta, c
+        if self._calibration is not None:
+            self._calibration.apply()
+
+    @property
+    def units(self) -> Mapping[str, CTU]:
+        """Site name -> unit."""
+        return self._placed.units
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the units keep the original channel moments."""
+        return any(unit.shift is not None for unit in self.units.values())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `adapter_config.json` and `adapter_model.safetensors` into the folder `path`.
+
+        The files hold the sites by path, each site's beta and c, and the calibration if there is
+        one; `flexure.load_adapter(model, path)` steers another copy of the model by them.
+
+        Raises:
+            AdapterError: the folder cannot be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, unit in self.units.items():
+            for key in ("beta", "c"):
+                value = getattr(unit, key)
+                tensors[f"{name}.{key}"] = torch.as_tensor(value, dtype=torch.float64)
+            if unit.scale is not None and unit.shift is not None:
+                tensors[f"{name}.scale"] = unit.scale
+                tensors[f"{name}.shift"] = unit.shift
+        settings = {"beta": self._beta, "c": self._c, "match": self._match}
+        write_adapter(path, AdapterFile("steer", settings, self._plan, self.report, tensors))
+
+    def remove(self) -> None:
+        """Restores the model exactly; a second call does nothing."""
+        self._placed.remove()
+        self._calibration = None
+
+    def __enter__(self) -> Steering:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        calibrated = f", calibrated on {self._match}" if self.calibrated else ""
+        return f"Steering(beta={self._beta}, c={self._c}, sites={len(self.units)}{calibrated})"
+
+    def _calibrate(self, inputs: Iterable[Any], match: Match) -> None:
+        self._calibration = Calibration(self.model, self.units, inputs, match)
+        self._match = match
+        self._calibration.apply()
+
+
+def load_steering(model: nn.Module, stored: AdapterFile) -> Steering:
+    """Steers `model` as the file says; the model needs no example.
+
+    Raises:
+        AdapterError: the model has other sites than the file, listed; or a value is missing.
+    """
+    check_fits(model, stored)
+    names = [site.name for site in stored.plan.sites]
+    missing = [
+        key for name in names for key in (f"{name}.beta", f"{name}.c") if key not in stored.tensors
+    ]
+    if missing:
+        raise AdapterError(f"the adapter's tensors lack {', '.join(missing)}: the file is damaged")
+    betas = {name: float(stored.tensors[f"{name}.beta"]) for name in names}
+    cs: dict[str, float | str] = {name: float(stored.tensors[f"{name}.c"]) for name in names}
+    _check_dials(betas, cs)
+    placed = _place(model, stored.plan, betas, cs)
+    for name, unit in placed.units.items():
+        if f"{name}.shift" in stored.tensors:
+            unit.correct(stored.tensors[f"{name}.scale"], stored.tensors[f"{name}.shift"])
+            unit.to(device=next((p.device for p in model.parameters()), torch.device("cpu")))
+    settings = stored.settings
+    steering = Steering(model, stored.report, stored.plan, placed, settings["beta"], settings["c"])
+    steering._match = settings.get("match")
+    return steering
+
+
+def _place(
+    model: nn.Module,
+    what: Plan,
+    betas: Mapping[str, float],
+    cs: Mapping[str, float | str],
+) -> Installation[CTU]:
+    def make(site: Site, original: nn.Module | None) -> CTU:
+        params = dict(site.params)
+        weight = getattr(original, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            params["slope"] = weight
+        return CTU(
+            site.activation,
+            beta=betas[site.name],
+            c=cs[site.name],
+            params=params,
+            axis=site.axis,
+            channels=site.channels,
+            inplace=site.inplace,
+            name=site.name,
+        )
+
+    return install(model, what, make)
+
+
+def _check_dials(beta: Dial, c: Mixture) -> None:
+    for value in beta.values() if isinstance(beta, Mapping) else (beta,):
+        check_dial(value, 0.5)
+    for mixture in c.values() if isinstance(c, Mapping) else (c,):
+        check_dial(0.5, mixture)
+
+
+def _per_site(chosen: tuple[Site, ...], value: Any, what: str) -> dict[str, Any]:
+    """Site name -> its value; the first pattern that matches counts."""
+    if not isinstance(value, Mapping):
+        return {site.name: value for site in chosen}
+    for pattern in value:
+        if not any(fnmatchcase(site.name, pattern) for site in chosen):
+            raise SiteError(f"the pattern {pattern!r} of {what} matches none of the steered sites")
+    return {
+        site.name: next(value[pattern] for pattern in value if fnmatchcase(site.name, pattern))
+        for site in chosen
+        if any(fnmatchcase(site.name, pattern) for pattern in value)
+    }

@@ -1,0 +1,215 @@
+"""The unit as a module: one activation of a network, turned into a CTU.
+
+One class serves every activation of the catalogue and every way to hold the dial: shared floats,
+or tensors and parameters with one value a channel. The mathematics is in `functional.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexure.contracts import SiteError
+from flexure.units.catalogue import SPECS, over_axis_one
+from flexure.units.functional import check_dial, ctu
+
+__all__ = ["CTU"]
+
+
+class CTU(nn.Module):
+    """A Curvature Tuning unit in the place of one activation ([CT] eq. 8 and eqs. 5–7).
+
+    ReLU, SiLU, GELU and their kin become CTU(x); LeakyReLU and PReLU become
+    slope·x + CTU((1−slope)·x), for slope > 1 its mirror slope·x − CTU(−(1−slope)·x); a rectifier
+    capped at m (ReLU6) becomes CTU(x) − CTU(x−m). Each is the activation itself at beta = 1 where
+    that activation is piecewise affine.
+
+    Args:
+        activation: the catalogue name of the activation that it stands for.
+        beta: the dial in [0, 1]: a float, or a `(channels,)` tensor.
+        c: the mixture in [0, 1]: a float, a `(channels,)` tensor, or `"balanced"`, which is
+            beta²/(1+beta²) and leaves no mean shift.
+        params: the activation's own parameters (`slope`, `cap`); a parameter tensor among them
+            stays the network's own, under the name `weight`.
+        axis: the channel axis, counted from the end; needed where anything is per channel.
+        channels: size of that axis.
+        inplace: whether it overwrites its input, as the activation did.
+        name: the site that it stands for, for error messages.
+
+    Raises:
+        FlexureError: beta or c outside [0, 1], or nan.
+    """
+
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def __init__(
+        self,
+        activation: str = "relu",
+        *,
+        beta: float | Tensor,
+        c: float | Tensor | str = 0.5,
+        params: Mapping[str, Any] | None = None,
+        axis: int | None = None,
+        channels: int | None = None,
+        inplace: bool = False,
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.inplace = inplace
+        self.axis = axis
+        self.channels = channels
+        self.name = name
+        self.params = dict(params or {})
+        slope = self.params.get("slope")
+        if isinstance(slope, nn.Parameter):
+            del self.params["slope"]
+            self.weight = slope
+        self.register_buffer("scale", None)
+        self.register_buffer("shift", None)
+        self.dial(beta, c)
+
+    def dial(self, beta: float | Tensor, c: float | Tensor | str) -> None:
+        """Sets beta and c; a calibration made for another dial is dropped."""
+        check_dial(beta, c)
+        for key, value in (("beta", beta), ("c", c)):
+            # A float stays a Python float: no dtype of the model can round it.
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.__dict__.pop(key, None)
+                self.register_buffer(key, value)
+            else:
+                self._buffers.pop(key, None)
+                setattr(self, key, value)
+        self.scale = self.shift = None
+
+    def correct(self, scale: Tensor, shift: Tensor) -> None:
+        """Makes the output scale·phi + shift, `(channels,)` each: a calibration."""
+        self.scale, self.shift = scale, shift
+
+    def corrected(self, phi: Tensor) -> Tensor:
+        """scale·phi + shift per channel, in phi's dtype."""
+        if self.scale is None or self.shift is None:
+            return phi
+        scale, shift = self._over(self.scale, phi), self._over(self.shift, phi)
+        return torch.addcmul(shift, phi.to(shift.dtype), scale).to(phi.dtype)
+
+    def forward(self, x: Tensor, inplace: bool | None = None, **params: Any) -> Tensor:
+        """The unit's output, of `x`'s shape and dtype; `x` itself where in place.
+
+        Args:
+            x: any shape that has the site's channels on its axis.
+            inplace: overrides the unit's own setting, for a routed call.
+            params: override the unit's own, for a routed call.
+
+        Raises:
+            SiteError: `x` has another number of channels than the site had when it was found.
+        """
+        self._check(x)
+        inplace = self.inplace if inplace is None else inplace
+        params = params or self.params
+        y: Tensor = _FORMS[SPECS[self.activation].form](self, x, inplace, params)
+        if self.shift is None:
+            return y
+        return y.copy_(self.corrected(y)) if inplace else self.corrected(y)
+
+    def reference(self, x: Tensor, **params: Any) -> Tensor:
+        """The activation that the unit stands for, applied to `x` out of place."""
+        original = SPECS[self.activation].reference
+        if original is None:
+            raise SiteError(f"{self.activation} has no reference: it is not steered")
+        params = dict(params or self.params)
+        if "weight" in self._parameters:
+            params["slope"] = self.weight
+        return original(x, **params)
+
+    def extra_repr(self) -> str:
+        """Activation and dial, as in the site report."""
+        beta, c = (
+            f"({value.numel()},)" if isinstance(value, Tensor) else value
+            for value in (self.beta, self.c)
+        )
+        calibrated = "" if self.shift is None else ", calibrated"
+        return f"{self.activation}, beta={beta}, c={c}{calibrated}"
+
+    def phi(self, x: Tensor, *, inplace: bool = False) -> Tensor:
+        """CTU of `x` with the unit's dial, per channel where the dial is."""
+        return ctu(x, self._over(self.beta, x), self._over(self.c, x), inplace=inplace)
+
+    def _over(self, value: Any, x: Tensor) -> Any:
+        """A dial value shaped to broadcast over `x` along the channel axis."""
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        return value.reshape(-1, *(1,) * (-1 - _required(self.axis, self.name)))
+
+    def _check(self, x: Tensor) -> None:
+        if self.axis is None or self.channels is None:
+            return
+        if x.ndim < -self.axis or x.shape[self.axis] != self.channels:
+            raise SiteError(
+                f"site {self.name!r}: expected {self.channels} channels on axis {self.axis}, got "
+                f"an input of shape {tuple(x.shape)}; steer again with an example of this kind"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CTU:
+        # Half precision would distort 1 − beta by 17 % at 0.99: the dial stays float32 or wider.
+        own = {
+            key: value
+            for holder in (self._parameters, self._buffers)
+            for key, value in holder.items()
+            if value is not None and key != "weight"
+        }
+        before = {key: value.detach() for key, value in own.items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for key, old in before.items():
+            new = self._parameters.get(key, self._buffers.get(key))
+            if new is not None and new.dtype in (torch.float16, torch.bfloat16):
+                wide = old.to(
+                    device=new.device, dtype=torch.promote_types(old.dtype, torch.float32)
+                )
+                if isinstance(new, nn.Parameter):
+                    new.data = wide
+                else:
+                    self._buffers[key] = wide
+        return self
+
+
+def _required(axis: int | None, name: str) -> int:
+    if axis is None:
+        raise SiteError(f"site {name!r}: its channel axis is not known; give axis=")
+    return axis
+
+
+def _rectified(unit: CTU, x: Tensor, inplace: bool, params: Mapping[str, Any]) -> Tensor:
+    return unit.phi(x, inplace=inplace)
+
+
+def _leaky(unit: CTU, x: Tensor, inplace: bool, params: Mapping[str, Any]) -> Tensor:
+    slope = unit.weight if "weight" in unit._parameters else params["slope"]
+    if isinstance(slope, Tensor):
+        slope = over_axis_one(slope, x).to(x.dtype)
+        bend = 1 - slope
+        # max(x, slope·x) for slope <= 1, min(x, slope·x) beyond: one mirror image of the other.
+        sign = torch.where(bend < 0, -1.0, 1.0).to(x.dtype)
+    else:
+        bend, sign = 1 - slope, (-1.0 if slope > 1 else 1.0)
+    y: Tensor = slope * x + sign * unit.phi(sign * bend * x)
+    return x.copy_(y) if inplace else y
+
+
+def _capped(unit: CTU, x: Tensor, inplace: bool, params: Mapping[str, Any]) -> Tensor:
+    cap = params["cap"]
+    if cap is None:
+        return unit.phi(x, inplace=inplace)
+    y = unit.phi(x) - unit.phi(x - cap)
+    return x.copy_(y) if inplace else y
+
+
+_FORMS: Mapping[str, Callable[[CTU, Tensor, bool, Mapping[str, Any]], Tensor]] = {
+    "relu": _rectified,
+    "leaky": _leaky,
+    "capped": _capped,
+}
