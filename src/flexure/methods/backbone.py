@@ -1,0 +1,103 @@
+"""A frozen network's features at any setting of the dials: from memory, from disk, or computed.
+
+Which settings are wanted, and what is trained on them, is not known here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeAlias
+
+from torch import Tensor
+
+from flexure.methods.feature_store import FeatureStore
+from flexure.methods.features import FeatureReader
+from flexure.methods.progress import ProgressReporter
+from flexure.methods.samples import Samples
+from flexure.methods.steer import Steering
+
+__all__ = ["Backbone", "Clock", "Dial", "Pair"]
+
+Dial: TypeAlias = "tuple[float, float] | None"
+"""(beta, c); None: the untouched network."""
+
+Pair: TypeAlias = "tuple[Tensor, Tensor]"
+"""Features of the train and of the validation samples, (N, D) each."""
+
+
+class Clock:
+    """Adds up the seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Times what runs inside."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
+
+class Backbone:
+    """Features by dial setting, each computed once.
+
+    Attributes:
+        expected: how many settings will be asked for, for progress.
+    """
+
+    def __init__(
+        self,
+        reader: FeatureReader,
+        steering: Steering,
+        splits: Mapping[str, Samples],
+        store: FeatureStore | None,
+        clock: Clock,
+        reporter: ProgressReporter,
+    ) -> None:
+        self._reader, self._steering, self._splits = reader, steering, splits
+        self._store, self._clock, self._reporter = store, clock, reporter
+        self._known: dict[Dial, Pair] = {}
+        self.expected = 0
+
+    @property
+    def evaluated(self) -> int:
+        """Settings whose train and validation features are known."""
+        return len(self._known)
+
+    def pair(self, dial: Dial) -> Pair:
+        """Train and validation features."""
+        if dial in self._known:
+            return self._known[dial]
+        stored = None if self._store is None else self._store.get(_name(dial))
+        if stored is None:
+            with self._clock("features"):
+                stored = {split: self._read(split, dial) for split in ("train", "val")}
+            if self._store is not None:
+                self._store.put(_name(dial), stored)
+        self._known[dial] = stored["train"], stored["val"]
+        self._reporter("features", self.evaluated, max(self.expected, self.evaluated))
+        return self._known[dial]
+
+    def test(self, dial: Dial) -> Tensor:
+        """Test features, (N, D). Never asked for before the choice is made."""
+        with self._clock("test"):
+            return self._read("test", dial)
+
+    def _read(self, split: str, dial: Dial) -> Tensor:
+        if dial is None:
+            self._steering.remove()
+            return self._reader(self._splits[split], "the untouched network")
+        beta, c = dial
+        self._steering.dial(beta, c)
+        return self._reader(self._splits[split], f"beta {beta:g}, c {c:g}")
+
+
+def _name(dial: Dial) -> str:
+    """A file name."""
+    return "untouched" if dial is None else f"beta{dial[0]!r}-c{dial[1]!r}"

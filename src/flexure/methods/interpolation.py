@@ -1,0 +1,68 @@
+"""Polynomial interpolation in beta: where to evaluate, and how to combine what was found.
+
+For fixed inputs the features of a network depend smoothly on the shared beta, up to and including
+beta = 1 (each unit's bump of width 1−beta is averaged over many inputs of units).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+__all__ = ["held_out", "interpolate", "nodes"]
+
+
+def nodes(betas: Sequence[float], count: int) -> tuple[float, ...]:
+    """The members of `betas` nearest to the Chebyshev points of their range, ends included.
+
+    Args:
+        betas: distinct values, ascending.
+        count: points wanted, at least 2; coarse grids give fewer where two share a member.
+    """
+    low, high = betas[0], betas[-1]
+    found = set()
+    for j in range(count):
+        wanted = 0.5 * (low + high) - 0.5 * (high - low) * math.cos(math.pi * j / (count - 1))
+        found.add(min(betas, key=lambda beta: abs(beta - wanted)))
+    return tuple(sorted(found))
+
+
+def held_out(betas: Sequence[float], known: Sequence[float], count: int) -> tuple[float, ...]:
+    """Members of `betas` to check the interpolation at: where its error is the largest.
+
+    The error of the interpolating polynomial is a derivative times Π(beta − node); the largest
+    products are taken, no two between the same nodes.
+    """
+    gaps = []
+    for low, high in pairwise(known):
+        inside = [beta for beta in betas if low < beta < high]
+        if inside:
+            worst = max(inside, key=lambda beta: _product(beta, known))
+            gaps.append((_product(worst, known), worst))
+    return tuple(sorted(beta for _, beta in sorted(gaps, reverse=True)[:count]))
+
+
+def interpolate(known: Mapping[float, Tensor], beta: float) -> Tensor:
+    """The polynomial through `known` (beta -> tensor) at `beta`, in barycentric form.
+
+    Source: Berrut and Trefethen (2004), equation 4.2.
+    """
+    if beta in known:
+        return known[beta]
+    weights = {}
+    for node in known:
+        others = math.prod(node - other for other in known if other != node)
+        weights[node] = 1.0 / (others * (beta - node))
+    total = sum(weights.values())
+    result = torch.zeros_like(next(iter(known.values())))
+    for node, weight in weights.items():
+        result.add_(known[node], alpha=weight / total)
+    return result
+
+
+def _product(beta: float, known: Sequence[float]) -> float:
+    return math.prod(abs(beta - node) for node in known)

@@ -1,0 +1,230 @@
+"""One split of labelled data, read and checked once, then handed out again and again.
+
+Splits are compared by content, so that the same sample under another object is recognised. What
+is computed from the samples is not known here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexure.calling import as_batches
+from flexure.contracts import Batches, DataError
+
+__all__ = [
+    "Samples",
+    "check_disjoint",
+    "check_labels",
+    "content",
+    "map_tensors",
+    "read_samples",
+    "take",
+]
+
+_TOLERATED_OVERLAP = 0.01
+"""Share of samples that may also occur in another split: data sets do hold a few duplicates."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A split whose inputs can be iterated, the same ones in the same order each time.
+
+    Attributes:
+        name: what to call it in messages.
+        labels: (N,) int64.
+        digests: N digests of input and label.
+    """
+
+    name: str
+    labels: Tensor
+    digests: tuple[bytes, ...]
+    _batches: Batches = field(repr=False)
+    _verify: bool = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def inputs(self) -> Iterator[tuple[Any, int]]:
+        """Yields each batch's input and its number of samples.
+
+        Raises:
+            DataError: they differ from those of the first reading, or have another order.
+        """
+        start = 0
+        for x, y in self._batches:
+            end = start + len(y)
+            if self._verify and self.digests[start:end] != tuple(_digests(x, y)):
+                raise DataError(
+                    f"expected the {self.name} batches to be the same in every pass, got other "
+                    f"samples or another order; switch shuffling and random augmentation off"
+                )
+            yield x, len(y)
+            start = end
+        if start != len(self):
+            raise DataError(
+                f"expected {len(self)} {self.name} samples in every pass, got {start}; give a list "
+                f"of batches, or an iterable that starts again"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all samples in their order."""
+        return hashlib.blake2b(b"".join(self.digests), digest_size=16).hexdigest()
+
+
+def read_samples(batches: Batches, name: str, *, cache_bytes: int) -> Samples:
+    """Reads a split once, and keeps its inputs where they are small enough.
+
+    Preprocessing often costs as much as a small network; what fits is preprocessed only once.
+
+    Args:
+        batches: iterable of `(x, y)`.
+        name: what to call it in messages.
+        cache_bytes: keep inputs up to this size in memory.
+
+    Raises:
+        DataError: no samples; labels that are not (B,) non-negative integers; inputs that do not
+            have one row per label.
+    """
+    source = as_batches(batches)
+    kept: list[tuple[Any, Tensor]] | None = []
+    labels: list[Tensor] = []
+    digests: list[bytes] = []
+    size = 0
+    for number, item in enumerate(source):
+        x, y = _checked(item, name, number)
+        labels.append(y.cpu().long())
+        digests += _digests(x, y)
+        size += sum(leaf.nbytes for leaf in _leaves(x))
+        kept = None if kept is None or size > cache_bytes else [*kept, (x, y)]
+    if not digests:
+        raise DataError(f"expected {name} samples, got none; give at least one batch")
+    verify = kept is None
+    return Samples(name, torch.cat(labels), tuple(digests), kept or source, verify)
+
+
+def check_labels(train: Samples, *others: Samples) -> int:
+    """The number of classes.
+
+    Raises:
+        DataError: fewer than two classes; classes that are not numbered 0, 1, 2, ...; a class in
+            another split that training data lacks.
+    """
+    known = sorted(set(train.labels.tolist()))
+    if len(known) < 2:
+        raise DataError(f"expected at least two classes in the train data, got only class {known}")
+    if known != list(range(len(known))):
+        raise DataError(
+            f"expected the {len(known)} classes of the train data to be numbered 0 ... "
+            f"{len(known) - 1}, got {_shown(known)}; renumber them without gaps"
+        )
+    for other in others:
+        unknown = sorted(set(other.labels.tolist()) - set(known))
+        if unknown:
+            raise DataError(
+                f"expected only the {len(known)} classes of the train data in {other.name}, got "
+                f"{_shown(unknown)}; split so that every class is in train"
+            )
+        if len(set(other.labels.tolist())) < 2:
+            raise DataError(f"expected at least two classes in {other.name}, got one")
+    return len(known)
+
+
+def check_disjoint(first: Samples, second: Samples) -> None:
+    """Makes sure that two splits do not share samples.
+
+    Raises:
+        DataError: more than 1 % of the smaller split is also in the other.
+    """
+    small, large = sorted((first, second), key=len)
+    known = set(large.digests)
+    shared = sum(digest in known for digest in small.digests)
+    if shared > _TOLERATED_OVERLAP * len(small):
+        raise DataError(
+            f"expected {first.name} and {second.name} to hold different samples, got {shared} of "
+            f"the {len(small)} in {small.name} in both; what is trained on, chosen by and reported "
+            f"must be disjoint"
+        )
+
+
+def map_tensors(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`x` (an `Example`) with every tensor in it changed."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, dict):
+        return {key: map_tensors(value, change) for key, value in x.items()}
+    if isinstance(x, tuple | list):
+        return type(x)(map_tensors(value, change) for value in x)
+    return x
+
+
+def content(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def take(x: Any, rows: slice, batch: int) -> Any:
+    """Some samples of a batch: rows of every tensor in it that has `batch` of them."""
+    return map_tensors(x, lambda leaf: leaf[rows] if _rows(leaf) == batch else leaf)
+
+
+def _checked(item: Any, name: str, number: int) -> tuple[Any, Tensor]:
+    where = f"{name} batch {number}"
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise DataError(f"expected {where} to be a pair (x, y), got {type(item).__name__}")
+    x, y = item
+    if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point() or y.dtype == torch.bool:
+        got = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+        raise DataError(f"expected the labels of {where} as a (B,) integer tensor, got {got}")
+    if len(y) == 0:
+        raise DataError(f"expected samples in {where}, got none; leave empty batches out")
+    if int(y.min()) < 0:
+        raise DataError(f"expected labels >= 0 in {where}, got {int(y.min())}; drop such samples")
+    leaves = list(_leaves(x))
+    if not any(_rows(leaf) == len(y) for leaf in leaves) or (
+        isinstance(x, Tensor) and len(x) != len(y)
+    ):
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves) or type(x).__name__
+        raise DataError(
+            f"expected {where} to have one row per label, got {len(y)} labels and inputs {shapes}; "
+            f"stack the inputs into tensors with the batch first"
+        )
+    return x, y
+
+
+def _digests(x: Any, y: Tensor) -> Iterator[bytes]:
+    """One digest per sample, of the bytes of its label and of its row in every tensor."""
+    rows = [leaf.detach().cpu() for leaf in _leaves(x) if _rows(leaf) == len(y)]
+    for i, label in enumerate(y.tolist()):
+        digest = hashlib.blake2b(str(label).encode(), digest_size=16)
+        for leaf in rows:
+            row = leaf[i]
+            digest.update(f"{tuple(row.shape)}{row.dtype}".encode())
+            digest.update(content(row))
+        yield digest.digest()
+
+
+def _leaves(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, dict):
+        for key in sorted(x):
+            yield from _leaves(x[key])
+    elif isinstance(x, tuple | list):
+        for value in x:
+            yield from _leaves(value)
+
+
+def _rows(leaf: Tensor) -> int | None:
+    return leaf.shape[0] if leaf.dim() else None
+
+
+def _shown(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
