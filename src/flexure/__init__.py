@@ -1,1 +1,60 @@
-"""Measure, steer and train the curvature of neural networks in input space."""
+"""Measure, steer and train the curvature of neural networks in input space.
+
+The names a user meets; `README.md` shows them at work. Heavy parts load when first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from flexure import units
+from flexure.contracts import (
+    AdapterError,
+    AddressError,
+    DataError,
+    FlexureError,
+    LoadedModel,
+    MissingExtraError,
+    SiteError,
+)
+from flexure.data import load_data
+from flexure.methods.load import load_adapter
+from flexure.methods.search import search_beta
+from flexure.methods.search_result import BetaSearch
+from flexure.methods.steer import Steering, steer
+from flexure.models import load_model
+from flexure.surgery import SiteReport, sites
+from flexure.train.fit import History, fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "AddressError",
+    "BetaSearch",
+    "DataError",
+    "FlexureError",
+    "History",
+    "LoadedModel",
+    "MissingExtraError",
+    "SiteError",
+    "SiteReport",
+    "Steering",
+    "fit",
+    "load_adapter",
+    "load_data",
+    "load_model",
+    "recipes",
+    "report",
+    "search_beta",
+    "sites",
+    "steer",
+    "units",
+]
+
+_LAZY = ("recipes", "report")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return import_module(f"flexure.{name}")
+    raise AttributeError(f"module 'flexure' has no attribute {name!r}")

@@ -6,7 +6,7 @@ Knows nothing of activations or methods.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -50,10 +50,8 @@ def logits_of(output: Any) -> Tensor:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for every module inside, each module's own mode restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    try:
+    with suppress(NotImplementedError):  # an exported graph has one mode, built in
         model.eval()
-    except NotImplementedError:  # an exported graph has one mode, built in
-        pass
     try:
         yield
     finally:

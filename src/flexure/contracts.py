@@ -102,7 +102,9 @@ class LoadedModel:
 class ModelLoader(Protocol):
     """Loads what stands behind a model address prefix; `rest` is the text after the colon."""
 
-    def __call__(self, rest: str) -> LoadedModel: ...
+    def __call__(self, rest: str) -> LoadedModel:
+        """Loads it, or raises `AddressError`."""
+        ...
 
 
 class DataLoader(Protocol):
@@ -111,11 +113,15 @@ class DataLoader(Protocol):
     The key `"train"` is always there; `"validation"` and `"test"` where the source has them.
     """
 
-    def __call__(self, rest: str) -> dict[str, LabelledData]: ...
+    def __call__(self, rest: str) -> dict[str, LabelledData]:
+        """Loads it, or raises `AddressError` or `DataError`."""
+        ...
 
 
 class RecipeConfig(Protocol):
     """A frozen configuration of one experiment; `small()` runs everywhere in minutes."""
 
     @classmethod
-    def small(cls) -> RecipeConfig: ...
+    def small(cls) -> RecipeConfig:
+        """The configuration that runs everywhere in under two minutes."""
+        ...

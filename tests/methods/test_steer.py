@@ -224,16 +224,19 @@ class TestCalibration:
 
     def moments(self, model: nn.Module, x: Tensor, beta: float, **kwargs):
         """Channel moments at every site, by independent hooks, and the units' scales."""
-        found = {}
+        found, handles = {}, []
         with steer(model, beta=beta, example=x[:1], **kwargs) as steering:
             for name, unit in steering.units.items():
 
                 def keep(unit, args, out, name=name) -> None:
-                    found[name] = (out.mean((0, 2, 3)), out.std((0, 2, 3), correction=0), unit.scale)
+                    moments = out.mean((0, 2, 3)), out.std((0, 2, 3), correction=0)
+                    found[name] = (*moments, unit.scale)
 
-                unit.register_forward_hook(keep)
+                handles.append(unit.register_forward_hook(keep))
             with torch.no_grad():
                 model(x)
+            for handle in handles:
+                handle.remove()
         return found
 
     @pytest.mark.parametrize("match", ["mean", "mean+std"])
@@ -378,7 +381,7 @@ class TestPyTorch:
         with steer(model, beta=BETA, c=C, example=x):
             with torch.no_grad():
                 model(x)
-            with pytest.raises(SiteError, match="inside torch.utils.checkpoint"):
+            with pytest.raises(SiteError, match=r"inside torch\.utils\.checkpoint"):
                 model(x.clone().requires_grad_())
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -450,7 +453,7 @@ class TestBadInput:
     )
     def test_example(self, model: Routed, example: object) -> None:
         before = state(model)
-        with pytest.raises(SiteError, match="example does not run.*float32 on cpu"):
+        with pytest.raises(SiteError, match=r"example does not run.*float32 on cpu"):
             steer(model, beta=BETA, example=example)
         assert state(model) == before
 

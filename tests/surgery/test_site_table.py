@@ -159,6 +159,8 @@ def test_transformer_encoder_fast_path_is_not_taken(activation, container: bool)
 INPLACE = {
     "ignored result": lambda x: (F.relu(x, inplace=True), x * 2)[1],
     "module ignored": lambda x: (nn.ReLU(inplace=True)(x), x + 1)[1],
+    "relu6": lambda x: (F.relu6(x, inplace=True), x * 2)[1],
+    "leaky": lambda x: (F.leaky_relu(x, 0.1, inplace=True), x * 2)[1],
     "view": lambda x: (x[:, :3].relu_(), x)[1],
 }
 
@@ -170,9 +172,13 @@ def test_in_place_mutation_is_kept(name: str, grad: bool) -> None:
     with torch.set_grad_enabled(grad):
         before = model(x)
         with steer(model, beta=1.0, example=x):
-            assert torch.equal(model(x), before)
+            torch.testing.assert_close(model(x), before)
         with steer(model, beta=BETA, example=x):
-            assert not torch.equal(model(x), before)
+            after = model(x)
+            assert not torch.equal(after, before)
+            if grad:
+                after.sum().backward()
+                assert model.linear.weight.grad.abs().sum() > 0
 
 
 def test_in_place_gradients_equal_the_original_at_beta_1() -> None:
@@ -407,7 +413,7 @@ def test_nothing_matched_is_an_error() -> None:
     with pytest.raises(SiteError, match=r"no activation.*tanh: bounded"):
         steer(model, beta=BETA, example=x)
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
-    with pytest.raises(SiteError, match="'layer1.\\*' matches no site; the sites are 1"):
+    with pytest.raises(SiteError, match=r"'layer1.\*' matches no site; the sites are 1"):
         steer(model, beta=BETA, example=x, where="layer1.*")
     with pytest.raises(SiteError, match="got none from where="):
         steer(model, beta=BETA, example=x, where=lambda site: False)

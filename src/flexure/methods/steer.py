@@ -21,7 +21,7 @@ from flexure.surgery.calibrate import Calibration, Match
 from flexure.surgery.census import sites
 from flexure.surgery.install import Installation, Plan, install, plan
 from flexure.surgery.sites import Site, SiteReport, Where
-from flexure.units.functional import check_dial
+from flexure.units.functional import balanced_c, check_dial
 from flexure.units.unit import CTU
 
 __all__ = ["Steering", "load_steering", "steer"]
@@ -38,6 +38,7 @@ def steer(
     example: Example,
     where: Where = None,
     axis: int | dict[str, int] | None = None,
+    pooling: bool = False,
     calibration: Iterable[Any] | None = None,
     match: Match = "mean",
 ) -> Steering:
@@ -55,6 +56,7 @@ def steer(
         example: one input, to find the sites with: a tensor, a tuple or a dict.
         where: the sites to steer: name patterns or a predicate; all by default.
         axis: channel axis where the producing layer does not tell it (calibration needs one).
+        pooling: whether to steer max-pooling too ([CT] eqs. 5–7 with a window's many pieces).
         calibration: a few hundred unlabelled inputs in batches: every channel then keeps the
             mean (or mean and spread) it had.
         match: what calibration keeps: `"mean"` or `"mean+std"`.
@@ -68,7 +70,7 @@ def steer(
             example that does not run. The model is unchanged.
     """
     _check_dials(beta, c)
-    report = sites(model, example, axis=axis)
+    report = sites(model, example, axis=axis, pooling=pooling)
     chosen = report.select(where)
     betas = _per_site(chosen, beta, "beta")
     chosen = tuple(site for site in chosen if site.name in betas)
@@ -137,8 +139,15 @@ class Steering:
         Raises:
             FlexureError: beta or c outside [0, 1] or nan.
             SiteError: a pattern matches nothing, or leaves out a site that is steered.
+            AdapterError: the steering was loaded from a file and is calibrated: calibrating anew
+                needs the inputs, which the file does not hold.
         """
         _check_dials(beta, c)
+        if self.calibrated and self._calibration is None:
+            raise AdapterError(
+                "this calibrated steering was loaded from a file, and another dial needs another "
+                "calibration; steer anew with calibration="
+            )
         chosen = self._plan.sites
         betas, cs = _per_site(chosen, beta, "beta"), _per_site(chosen, c, "c")
         for name, values in (("beta", betas), ("c", cs)):
@@ -172,9 +181,9 @@ class Steering:
         """
         tensors: dict[str, Tensor] = {}
         for name, unit in self.units.items():
-            for key in ("beta", "c"):
-                value = getattr(unit, key)
-                tensors[f"{name}.{key}"] = torch.as_tensor(value, dtype=torch.float64)
+            c = balanced_c(unit.beta) if isinstance(unit.c, str) else unit.c
+            tensors[f"{name}.beta"] = torch.as_tensor(unit.beta, dtype=torch.float64)
+            tensors[f"{name}.c"] = torch.as_tensor(c, dtype=torch.float64)
             if unit.scale is not None and unit.shift is not None:
                 tensors[f"{name}.scale"] = unit.scale
                 tensors[f"{name}.shift"] = unit.shift

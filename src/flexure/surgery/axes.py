@@ -174,7 +174,8 @@ def _reverse_last_two(x: Tensor, axis: int, values: Any, kwargs: Any, out: Tenso
 
 def _movedim(x: Tensor, axis: int, values: Any, kwargs: Any, out: Tensor) -> int | None:
     moved = torch.movedim(torch.empty(range(1, x.ndim + 1), device="meta"), *values, **kwargs)
-    return list(moved.shape).index(axis % x.ndim + 1) - x.ndim
+    shape: list[int] = list(moved.shape)
+    return shape.index(axis % x.ndim + 1) - x.ndim
 
 
 def _reshape(x: Tensor, axis: int, values: Any, kwargs: Any, out: Tensor) -> int | None:
@@ -195,7 +196,8 @@ def _reduce(x: Tensor, axis: int, values: Any, kwargs: Any, out: Tensor) -> int 
     position = axis % x.ndim
     if position in gone:
         return None
-    return position - sum(d < position for d in gone) - out.ndim
+    before = sum(1 for d in gone if d < position)
+    return position - before - out.ndim
 
 
 def _keep_if_same(x: Tensor, axis: int, values: Any, kwargs: Any, out: Tensor) -> int | None:

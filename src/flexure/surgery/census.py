@@ -6,32 +6,29 @@ generators as they were; it changes nothing. What it finds is the plain data of 
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexure.calling import call_model, evaluating
 from flexure.contracts import Example, SiteError
-from flexure.surgery.axes import ChannelAxes
 from flexure.surgery.preserve import preserved
 from flexure.surgery.sites import Event, Refusal, Site, SiteReport
-from flexure.units.catalogue import read_call, read_module
-from flexure.units.spec import UnitSpec
+from flexure.surgery.watch import Call, Watch
+from flexure.units.catalogue import read_module
 from flexure.units.unit import CTU
 
 __all__ = ["sites"]
 
 
 def sites(
-    model: nn.Module, example: Example, *, axis: int | dict[str, int] | None = None
+    model: nn.Module,
+    example: Example,
+    *,
+    axis: int | dict[str, int] | None = None,
+    pooling: bool = False,
 ) -> SiteReport:
     """Every activation of `model` that one forward pass of `example` reaches.
 
@@ -44,6 +41,7 @@ def sites(
             of keyword arguments. One item is enough.
         axis: the channel axis where the producing layer does not tell it: for every such site,
             or `{site name: axis}`.
+        pooling: whether max-pooling, a max-affine spline too, counts as a site; left otherwise.
 
     Returns:
         The report; print it.
@@ -53,171 +51,23 @@ def sites(
     """
     if any(isinstance(module, CTU) for module in model.modules()):
         raise SiteError("the model is steered already; set .beta on its Steering, or remove() it")
-    watch = _Watch(model)
+    watch = Watch(model)
     with preserved(model), evaluating(model), torch.no_grad(), watch.hooks():
         try:
             with watch.dispatch, watch:
                 call_model(model, example)
         except Exception as error:
             raise SiteError(_did_not_run(model, example, error)) from error
-    return _Report(watch, axis).build()
-
-
-@dataclass
-class _Call:
-    """One activation call as it happened."""
-
-    spec: UnitSpec
-    params: dict[str, Any]
-    module: nn.Module | None
-    x: torch.Size
-    axis: int | None
-    inplace: bool
-    order: int
-    unseen: str | None = None
-    events: list[tuple[UnitSpec, dict[str, Any]]] = field(default_factory=list)
-
-
-@dataclass
-class _Entered:
-    """A module that is running: its path, and the activation calls it has made."""
-
-    module: nn.Module
-    calls: list[_Call] = field(default_factory=list)
-    activation: _Call | None = None
-
-
-class _Watch(TorchFunctionMode):  # type: ignore[no-untyped-call]
-    """Sees every function call of the pass, and knows which module makes it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.model = model
-        self.paths: dict[int, list[str]] = defaultdict(list)
-        for path, module in model.named_modules(remove_duplicate=False):
-            self.paths[id(module)].append(path)
-        self.axes = ChannelAxes()
-        self.stack = [_Entered(nn.Module())]
-        self.invocations: dict[int, list[list[_Call]]] = defaultdict(list)
-        self.reached: set[int] = set()
-        self.hidden: dict[tuple[str, str], int] = defaultdict(int)
-        self.calls = 0
-        self.busy = False
-        self.dispatch = _Completeness(self)
-
-    def path(self, module: nn.Module) -> str:
-        return self.paths[id(module)][0] if id(module) in self.paths else ""
-
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        handles = []
-        for module in self.model.modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(self._leave))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        found = read_call(func, args, kwargs)
-        if found is None:
-            out = func(*args, **kwargs)
-        else:
-            spec, call = found
-            self._record(spec, dict(call.params), call.x, call.inplace)
-            before, self.busy = self.busy, True
-            out = func(*args, **kwargs)
-            self.busy = before
-        self.axes.follow(func, args, kwargs, out)
-        return out
-
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.reached.add(id(module))
-        found = read_module(module)
-        entered = _Entered(module)
-        if found is not None and self.stack[-1].activation is None:
-            spec, params = found
-            x = args[0] if args else next(iter(kwargs.values()))
-            entered.activation = self._call(
-                spec, params, x, bool(getattr(module, "inplace", False)), module
-            )
-            self.stack[-1].calls.append(entered.activation)
-        else:
-            entered.activation = self.stack[-1].activation
-        self.stack.append(entered)
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        entered = self.stack.pop()
-        if entered.activation is None:
-            self.invocations[id(module)].append(entered.calls)
-
-    def _record(self, spec: UnitSpec, params: dict[str, Any], x: Tensor, inplace: bool) -> None:
-        top = self.stack[-1]
-        owner = top.activation
-        if owner is None:
-            owner = self._call(spec, params, x, inplace, None)
-            owner.unseen = _inside_autograd_function()
-            top.calls.append(owner)
-        owner.events.append((spec, params))
-
-    def _call(
-        self,
-        spec: UnitSpec,
-        params: dict[str, Any],
-        x: Tensor,
-        inplace: bool,
-        module: nn.Module | None,
-    ) -> _Call:
-        self.calls += 1
-        return _Call(spec, params, module, x.shape, self.axes.of(x), inplace, self.calls)
-
-
-class _Completeness(TorchDispatchMode):
-    """Notices activation kernels that no seen function call explains."""
-
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
-        self.watch = watch
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        watch = self.watch
-        kernel = func.overloadpacket.__name__.rstrip("_")
-        hidden = kernel in _KERNELS or func.namespace == "quantized"
-        if hidden and not watch.busy and watch.stack[-1].activation is None:
-            watch.hidden[watch.path(watch.stack[-1].module), kernel] += 1
-        return func(*args, **(kwargs or {}))
-
-
-_KERNELS = frozenset(
-    {
-        *("relu", "relu6", "gelu", "silu", "leaky_relu", "softplus", "hardswish", "mish"),
-        *("_prelu_kernel", "hardtanh", "threshold", "elu", "rrelu_with_noise"),
-        "_transformer_encoder_layer_fwd",
-    }
-)
-
-
-def _inside_autograd_function() -> str | None:
-    """Why a call cannot be steered: it runs inside a hand-written autograd function."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != nn.modules.module.__file__:
-        if frame.f_code.co_filename == torch.autograd.function.__file__:
-            outer = frame.f_back
-            if outer is None or outer.f_code.co_filename != torch.utils.checkpoint.__file__:
-                return "inside a custom autograd function, whose backward would not follow"
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+    return _Report(watch, axis, pooling).build()
 
 
 class _Report:
     """Turns what was watched into sites and refusals."""
 
-    def __init__(self, watch: _Watch, axis: int | dict[str, int] | None) -> None:
+    def __init__(
+        self, watch: Watch, axis: int | dict[str, int] | None, pooling: bool = False
+    ) -> None:
+        self.pooling = pooling
         self.watch = watch
         self.axis = axis
         self.sites: list[tuple[int, Site]] = []
@@ -257,7 +107,7 @@ class _Report:
     def _caller(
         self,
         path: str,
-        invocations: list[list[_Call]],
+        invocations: list[list[Call]],
         places: dict[int, set[tuple[int, int]]],
     ) -> None:
         signatures = {tuple((call.spec.name, id(call.module)) for call in c) for c in invocations}
@@ -270,7 +120,7 @@ class _Report:
         self.events[path] = tuple(events)
 
     def _add(
-        self, caller: str, index: int, again: list[_Call], places: int, reason: str | None
+        self, caller: str, index: int, again: list[Call], places: int, reason: str | None
     ) -> str:
         call = again[0]
         modules = () if call.module is None else tuple(self.watch.paths.get(id(call.module), ()))
@@ -282,9 +132,10 @@ class _Report:
                 reason = "a composite activation called in several places; give each its own module"
             else:
                 spec, params = call.events[0]
-        reason = spec.refusal or reason or call.unseen
+        left = spec.optional and not self.pooling
+        reason = spec.refusal or (_LEFT if left else reason or call.unseen)
         if reason is not None:
-            blocking = spec.blocking or spec.refusal is None
+            blocking = spec.blocking or (spec.refusal is None and not left)
             refusal = Refusal(name, spec.name, reason, blocking, len(again))
             self.refused.append((call.order, refusal))
             return name
@@ -334,6 +185,9 @@ class _Report:
         return tuple(found)
 
 
+_LEFT = "pools by maximum, a spline of many pieces: pooling=True steers it"
+
+
 def _may_hide(module: nn.Module) -> bool:
     """Whether a module that was not entered may call activations of its own."""
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
@@ -356,7 +210,7 @@ def _hidden(model: nn.Module, path: str, kernel: str, count: int) -> Refusal:
     return Refusal(path, kernel, reason, True, count)
 
 
-def _channels(again: list[_Call], axis: int | None) -> int | None:
+def _channels(again: list[Call], axis: int | None) -> int | None:
     if axis is None:
         return None
     sizes = {call.x[axis] for call in again if len(call.x) >= -axis}

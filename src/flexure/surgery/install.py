@@ -184,7 +184,7 @@ class RoutedUnits(nn.ModuleDict):
         return x
 
 
-class _Frame(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class _Frame(TorchFunctionMode):
     """One run of a caller: hands its k-th activation call to the k-th unit."""
 
     def __init__(

@@ -31,9 +31,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         if not isinstance(module, torch.jit.ScriptModule)
     ]
     contents = {
-        id(buffer): (buffer, buffer.clone())
-        for buffer in model.buffers()
-        if not buffer.is_meta
+        id(buffer): (buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta
     }
     python, numpy = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []

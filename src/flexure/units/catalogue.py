@@ -22,12 +22,14 @@ from flexure.units.spec import (
     Reader,
     UnitSpec,
     from_zero,
+    pool_params,
     read,
     read_clamp,
     read_first,
     read_hardtanh,
     read_leaky,
     read_maximum,
+    read_pool,
     read_threshold,
 )
 
@@ -113,12 +115,31 @@ def _refused(
     )
 
 
+def _pool(name: str, cls: type[nn.Module], *functions: Any) -> UnitSpec:
+    return UnitSpec(
+        name,
+        reference=lambda x, **params: functions[0](x, **params),
+        classes=(cls,),
+        of_module=lambda module: pool_params(
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.ceil_mode,
+            module.return_indices,
+        ),
+        functions=dict.fromkeys(functions, read_pool),
+        form="pool",
+        optional=True,
+    )
+
+
 _HF = "transformers.activations."
 _TIMM = "timm.layers.activations."
 _BOUNDED = "bounded on both sides: a CTU grows on one"
 _SATURATES = "saturates at a negative value: a CTU vanishes there"
 _UNFAMILIAR = "no CTU comes near it"
-_POOLS = "pools by maximum: a spline of many pieces, left as it is"
+_POOLS = "pools by maximum over a window that depends on the input's size: left as it is"
 
 CATALOGUE: tuple[UnitSpec, ...] = (
     UnitSpec(
@@ -291,6 +312,10 @@ CATALOGUE: tuple[UnitSpec, ...] = (
     _refused("celu", _SATURATES, F.celu, torch.celu, torch.celu_, classes=(nn.CELU,)),
     _refused("hardtanh", _BOUNDED, F.hardtanh, F.hardtanh_, classes=(nn.Hardtanh,)),
     _refused("hardsigmoid", _BOUNDED, F.hardsigmoid, classes=(nn.Hardsigmoid,)),
+    _refused("logsigmoid", "bounded above: a CTU is not", F.logsigmoid, classes=(nn.LogSigmoid,)),
+    _refused("softshrink", _UNFAMILIAR, F.softshrink, classes=(nn.Softshrink,)),
+    _refused("hardshrink", _UNFAMILIAR, F.hardshrink, torch.hardshrink, classes=(nn.Hardshrink,)),
+    _refused("tanhshrink", _UNFAMILIAR, F.tanhshrink, classes=(nn.Tanhshrink,)),
     _refused("softsign", _BOUNDED, F.softsign, classes=(nn.Softsign,)),
     _refused(
         "tanh",
@@ -321,9 +346,17 @@ CATALOGUE: tuple[UnitSpec, ...] = (
     _refused("laplace", _BOUNDED, classes=(_HF + "LaplaceActivation",)),
     _refused("xielu", _UNFAMILIAR, classes=(_HF + "XIELUActivation",)),
     _refused("sqrt_softplus", _UNFAMILIAR, classes=(_HF + "SqrtSoftplusActivation",)),
-    _refused("max_pool1d", _POOLS, F.max_pool1d, torch.max_pool1d, F.max_pool1d_with_indices),
-    _refused("max_pool2d", _POOLS, F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices),
-    _refused("max_pool3d", _POOLS, F.max_pool3d, torch.max_pool3d, F.max_pool3d_with_indices),
+    _pool("max_pool1d", nn.MaxPool1d, F.max_pool1d, torch.max_pool1d),
+    _pool("max_pool2d", nn.MaxPool2d, F.max_pool2d, torch.max_pool2d),
+    _pool("max_pool3d", nn.MaxPool3d, F.max_pool3d, torch.max_pool3d),
+    _refused(
+        "gapped_max_pool",
+        "pools by maximum, with gaps or with indices: left as it is",
+        *(F.max_pool1d, torch.max_pool1d, F.max_pool1d_with_indices),
+        *(F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices),
+        *(F.max_pool3d, torch.max_pool3d, F.max_pool3d_with_indices),
+        classes=(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    ),
     _refused("adaptive_max_pool1d", _POOLS, F.adaptive_max_pool1d),
     _refused("adaptive_max_pool2d", _POOLS, F.adaptive_max_pool2d),
     _refused("adaptive_max_pool3d", _POOLS, F.adaptive_max_pool3d),

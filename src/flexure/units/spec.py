@@ -20,16 +20,18 @@ __all__ = [
     "Reader",
     "UnitSpec",
     "from_zero",
+    "pool_params",
     "read",
     "read_clamp",
     "read_first",
     "read_hardtanh",
     "read_leaky",
     "read_maximum",
+    "read_pool",
     "read_threshold",
 ]
 
-Form: TypeAlias = Literal["relu", "leaky", "capped"]
+Form: TypeAlias = Literal["relu", "leaky", "capped", "pool"]
 Params: TypeAlias = "Mapping[str, Any]"
 Reader: TypeAlias = "Callable[..., ActivationCall | None]"
 
@@ -81,9 +83,10 @@ class UnitSpec:
         of_module: a module's `params`, or None for a module that is something else.
         form: how CTU generalises it, by equations 5–7 of the Curvature Tuning paper with the
             activation's own two pieces: `relu` CTU(x); `leaky` slope·x + CTU((1−slope)·x);
-            `capped` CTU(x) − CTU(x−cap).
+            `capped` CTU(x) − CTU(x−cap); `pool` the same equations with a window's many pieces.
         point: the nearest CTU, given `params`.
         refusal: why no CTU stands for it; None where one does.
+        optional: a spline that is no activation (max-pooling): steered only where asked for.
         blocking: refused, yet a rectifier: to leave it would leave the kinks that the caller
             asked to change, so steering stops with an error that names it.
     """
@@ -97,6 +100,7 @@ class UnitSpec:
     point: Callable[[Params], Point] = lambda params: Point(1.0)
     refusal: str | None = None
     blocking: bool = False
+    optional: bool = False
 
 
 def read(
@@ -165,6 +169,39 @@ def read_maximum(input: Tensor, other: Tensor, **kwargs: Any) -> ActivationCall 
         if zero.numel() == 1 < x.numel() and not zero.requires_grad and not bool(zero.any()):
             return None if kwargs else ActivationCall(x, {"cap": None}, inplace=False)
     return None
+
+
+def read_pool(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> ActivationCall | None:
+    """Reads a max-pooling; one with gaps in its windows, or with indices, is something else."""
+    params = pool_params(kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    return None if params is None else ActivationCall(input, params, inplace=False)
+
+
+def pool_params(
+    kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, indices: bool
+) -> dict[str, Any] | None:
+    """The parameters of a max-pooling that is a plain maximum over windows."""
+    if indices or any(d != 1 for d in _as_tuple(dilation)):
+        return None
+    stride = kernel_size if stride is None or stride == () or stride == [] else stride
+    return {
+        "kernel_size": kernel_size,
+        "stride": stride,
+        "padding": padding,
+        "ceil_mode": bool(ceil_mode),
+    }
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def read_first(*args: Any, **kwargs: Any) -> ActivationCall:

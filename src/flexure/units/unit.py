@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flexure.contracts import SiteError
 from flexure.units.catalogue import SPECS, over_axis_one
 from flexure.units.functional import check_dial, ctu
+from flexure.units.pooling import max_pool_ctu
 
 __all__ = ["CTU"]
 
@@ -43,6 +44,8 @@ class CTU(nn.Module):
         FlexureError: beta or c outside [0, 1], or nan.
     """
 
+    beta: float | Tensor
+    c: float | Tensor | str
     scale: Tensor | None
     shift: Tensor | None
 
@@ -189,14 +192,14 @@ def _rectified(unit: CTU, x: Tensor, inplace: bool, params: Mapping[str, Any]) -
 
 def _leaky(unit: CTU, x: Tensor, inplace: bool, params: Mapping[str, Any]) -> Tensor:
     slope = unit.weight if "weight" in unit._parameters else params["slope"]
+    # max(x, slope·x) for slope <= 1, min(x, slope·x) beyond: one mirror image of the other.
+    sign: float | Tensor
     if isinstance(slope, Tensor):
         slope = over_axis_one(slope, x).to(x.dtype)
-        bend = 1 - slope
-        # max(x, slope·x) for slope <= 1, min(x, slope·x) beyond: one mirror image of the other.
-        sign = torch.where(bend < 0, -1.0, 1.0).to(x.dtype)
+        sign = torch.where(slope > 1, -1.0, 1.0).to(x.dtype)
     else:
-        bend, sign = 1 - slope, (-1.0 if slope > 1 else 1.0)
-    y: Tensor = slope * x + sign * unit.phi(sign * bend * x)
+        sign = -1.0 if slope > 1 else 1.0
+    y: Tensor = slope * x + sign * unit.phi(sign * (1 - slope) * x)
     return x.copy_(y) if inplace else y
 
 
@@ -204,12 +207,36 @@ def _capped(unit: CTU, x: Tensor, inplace: bool, params: Mapping[str, Any]) -> T
     cap = params["cap"]
     if cap is None:
         return unit.phi(x, inplace=inplace)
-    y = unit.phi(x) - unit.phi(x - cap)
+    # In place, backward must still find the input that was overwritten.
+    source = x.clone() if inplace else x
+    y = unit.phi(source) - unit.phi(source - cap)
     return x.copy_(y) if inplace else y
 
+
+def _pooled(unit: CTU, x: Tensor, inplace: bool, params: Mapping[str, Any]) -> Tensor:
+    if unit.beta == 1 and isinstance(unit.beta, float):
+        return unit.reference(x, **params)
+    spatial = _SPATIAL[unit.activation]
+    kernel, stride, padding = (
+        tuple(value) if isinstance(value, (tuple, list)) else (value,) * spatial
+        for value in (params["kernel_size"], params["stride"], params["padding"])
+    )
+    return max_pool_ctu(
+        x,
+        unit._over(unit.beta, x),
+        unit._over(unit.c, x),
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        ceil_mode=params["ceil_mode"],
+    )
+
+
+_SPATIAL = {"max_pool1d": 1, "max_pool2d": 2, "max_pool3d": 3}
 
 _FORMS: Mapping[str, Callable[[CTU, Tensor, bool, Mapping[str, Any]], Tensor]] = {
     "relu": _rectified,
     "leaky": _leaky,
     "capped": _capped,
+    "pool": _pooled,
 }

@@ -1,0 +1,310 @@
+"""The command line: one verb a job, the library's words. Nothing is computed here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from flexure import __version__
+from flexure.contracts import FlexureError, LabelledData, LoadedModel
+from flexure.data import PreparedBatches, batches, load_data, split
+from flexure.methods.search import search_beta
+from flexure.methods.search_result import BetaSearch
+from flexure.models import load_model
+from flexure.record import check_writable, record, to_json, write_json
+from flexure.surgery import sites as find_sites
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Measure, steer and train the curvature of neural networks in input space.",
+)
+
+
+def main() -> None:
+    """Runs the command line.
+
+    Exit codes: 0 done, 2 the user's mistake (one line on stderr), 130 interrupted.
+    """
+    try:
+        app(standalone_mode=False)
+    except FlexureError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        _stop("; ".join(line for line in lines if line), 2)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _stop("interrupted; what is finished is kept, --resume continues it", 130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # what the parser of the command line raises
+            _stop(error.format_message(), 2)
+        raise
+
+
+class Protocol(str, Enum):
+    """How probes are trained."""
+
+    converged = "converged"
+    published = "published"
+
+
+class Features(str, Enum):
+    """How features are computed."""
+
+    exact = "exact"
+    interpolated = "interpolated"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Model address: flexure:resnet20?weights=FILE, hf:NAME, timm:NAME, "
+        "torchvision:NAME, or FILE.py:factory.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Items in a forward pass.")]
+Seed = Annotated[int, typer.Option(min=0, help="Decides splits, probes and intervals.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines, nothing else.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the interrupted run in the output folder.")
+]
+Size = Annotated[int | None, typer.Option(min=1, help="Number of items; default: a share.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def sites(
+    model: Model,
+    data: Annotated[str | None, typer.Option(help="Data address to take the example from.")] = None,
+    input_shape: Annotated[
+        str | None, typer.Option(help="Shape of one model input, such as 3,224,224.")
+    ] = None,
+    device: Device = "cpu",
+    batch_size: BatchSize = 1,
+    seed: Seed = 42,
+    as_json: AsJson = False,
+) -> None:
+    """List every activation: what steering would change, what it cannot, on which axis."""
+    loaded = _load(model, device)
+    example = _example(loaded, data, input_shape, batch_size, seed).to(device)
+    report = find_sites(loaded.model, example)
+    if as_json:
+        _print_json({"sites": report.rows(), "summary": report.summary})
+    else:
+        typer.echo(str(report))
+
+
+@app.command()
+def steer(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Data address: sklearn:digits, npz:FILE, idx:DIR, folder:DIR, hf:NAME.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("flexure-steer"),
+    betas: Annotated[
+        str, typer.Option(help="Grid: start:stop:step, or values with commas; 1 is added.")
+    ] = "0.70:0.99:0.01",
+    c: Annotated[
+        str, typer.Option(help="Mixture in [0, 1], 'balanced', or several with commas.")
+    ] = "0.5",
+    head: Annotated[
+        str | None, typer.Option(help="Path of the head; default: the last Linear.")
+    ] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="Pattern of sites to steer; may be repeated.")
+    ] = None,
+    protocol: Annotated[
+        Protocol, typer.Option(help="How the probes are trained.")
+    ] = Protocol.converged,
+    features: Annotated[
+        Features, typer.Option(help="How the features are computed.")
+    ] = Features.exact,
+    train_size: Size = None,
+    val_size: Size = None,
+    test_size: Size = None,
+    device: Device = "cpu",
+    batch_size: BatchSize = 256,
+    seed: Seed = 42,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the beta that transfers best to labelled data; write results, adapter and report."""
+    grid, mixtures = _grid(betas), _mixtures(c)
+    check_writable(out)
+    loaded = _load(model, device)
+    sizes = {"train": train_size, "val": val_size, "test": test_size}
+    parts = _parts(loaded, load_data(data), sizes, device, batch_size, seed)
+    store = out / "search"
+    if not resume:
+        shutil.rmtree(store, ignore_errors=True)
+    found = search_beta(
+        loaded.model,
+        **parts,
+        head=head or loaded.head,
+        betas=grid,
+        c=mixtures,
+        protocol=protocol.value,
+        features=features.value,
+        where=where or None,
+        seed=seed,
+        resume=store,
+        progress=not as_json and sys.stderr.isatty(),
+    )
+    with found.install() as installed:
+        installed.save(out / "adapter")
+    config = {
+        "model": model, "data": data, "betas": betas, "c": c, "protocol": protocol.value,
+        "features": features.value, "head": found.head, "where": where, "seed": seed,
+        "preprocess": repr(loaded.preprocess), "batch_size": batch_size, "device": device,
+    }  # fmt: skip
+    numbers = found.to_dict()
+    payload = record(config=config, seed=seed, numbers=numbers)
+    write_json(out / "results.json", payload)
+    _write_page(out / "report.html", found, config)
+    shutil.rmtree(store, ignore_errors=True)
+    if as_json:
+        _print_json(payload)
+    else:
+        _print_search(found, out)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("flexure-demo"),
+    as_json: AsJson = False,
+) -> None:
+    """Transfer a small network between digits, and bend the boundary of a spiral."""
+    from flexure.recipes import demo as recipe
+
+    summary = recipe.run(recipe.Config.small(), out)
+    if as_json:
+        _print_json(summary.payload)
+    else:
+        typer.echo(str(summary))
+
+
+def _load(address: str, device: str) -> LoadedModel:
+    loaded = load_model(address)
+    try:
+        loaded.model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FlexureError(
+            f"expected a device that works here, got {device!r}: {reason}"
+        ) from error
+    return loaded
+
+
+def _example(
+    loaded: LoadedModel, data: str | None, shape: str | None, size: int, seed: int
+) -> Tensor:
+    """A batch to find the sites with: given data, a given shape, or a random image."""
+    generator = torch.Generator().manual_seed(seed)
+    if data is not None:
+        items = load_data(data)["train"]
+        return torch.stack([loaded.preprocess(items[i]) for i in range(min(size, len(items)))])
+    if shape is not None:
+        try:
+            sizes = [int(part) for part in shape.split(",")]
+        except ValueError:
+            raise FlexureError(f"expected --input-shape like 3,224,224, got {shape!r}") from None
+        return torch.randn(size, *sizes, generator=generator)
+    image = torch.randint(0, 256, (3, 64, 64), generator=generator, dtype=torch.uint8)
+    return torch.stack([loaded.preprocess(image)] * size)
+
+
+def _parts(
+    loaded: LoadedModel,
+    data: dict[str, LabelledData],
+    sizes: dict[str, int | None],
+    device: str,
+    batch_size: int,
+    seed: int,
+) -> dict[str, PreparedBatches]:
+    """Train, validation and test batches, seeded and stratified, in the model's own terms."""
+    given = {name: size for name, size in sizes.items() if size is not None}
+    parts = split(data, seed=seed, sizes=given or None)
+    prepare: Callable[[LabelledData], PreparedBatches] = partial(
+        batches, preprocess=loaded.preprocess, batch_size=batch_size, device=device, cache=True
+    )
+    return {"train": prepare(parts.train), "val": prepare(parts.val), "test": prepare(parts.test)}
+
+
+def _grid(text: str) -> list[float]:
+    """`0.7:0.99:0.01` (both ends included) or `0.7,0.8`."""
+    try:
+        if ":" not in text:
+            return [float(part) for part in text.split(",")]
+        start, stop, step = (float(part) for part in text.split(":"))
+        if not 0 < step <= 1:
+            raise ValueError
+        count = int((stop - start) / step + 1e-6) + 1
+        grid = [round(start + i * step, 10) for i in range(count)]
+    except ValueError:
+        grid = []
+    if not grid:
+        raise FlexureError(f"expected --betas like 0.7:0.99:0.01 or 0.7,0.8, got {text!r}")
+    return grid
+
+
+def _mixtures(text: str) -> Any:
+    values: list[Any] = []
+    for part in text.split(","):
+        try:
+            values.append("balanced" if part.strip() == "balanced" else float(part))
+        except ValueError:
+            raise FlexureError(
+                f"expected --c to be numbers in [0, 1] or 'balanced', got {part!r}"
+            ) from None
+    return values if len(values) > 1 else values[0]
+
+
+def _write_page(path: Path, found: BetaSearch, config: dict[str, Any]) -> None:
+    from flexure.report import search_page, table_of
+
+    run = table_of(("setting", "value"), [(key, str(value)) for key, value in config.items()])
+    search_page(path, found, title=f"{config['model']} steered for {config['data']}", run=run)
+
+
+def _print_search(found: BetaSearch, out: Path) -> None:
+    typer.echo(found.report.summary)
+    typer.echo(str(found))
+    typer.echo(f"Report:  {out / 'report.html'}")
+    typer.echo(f"Results: {out / 'results.json'}")
+    typer.echo(f"Adapter: {out / 'adapter'}")
+
+
+def _print_json(payload: Any) -> None:
+    typer.echo(json.dumps(to_json(payload), indent=2))
+
+
+def _stop(message: str, code: int) -> None:
+    typer.echo(f"flexure: {message}", err=True)
+    sys.exit(code)

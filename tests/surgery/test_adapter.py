@@ -1,0 +1,188 @@
+"""Adapter files: bit-equal after loading, and every wrong or damaged file is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from flexure.contracts import AdapterError
+from flexure.methods.load import load_adapter
+from flexure.methods.steer import steer
+from tests.methods.test_steer import Routed, state
+from tests.networks import resnet18
+
+CASES = {
+    "plain": {"beta": 0.8, "c": 0.3},
+    "patterns": {"beta": {"layer1.0:*": 0.7, "layer2*": 0.9}, "c": {"*": 0.25}},
+    "balanced, some": {"beta": 0.85, "c": "balanced", "where": "layer3*"},
+    "calibrated": {"beta": 0.6, "c": 0.0, "match": "mean+std", "calibration": True},
+}
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(3)
+    return resnet18(8).eval()
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(4, 3, 32, 32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_round_trip_is_bit_equal_without_an_example(name: str, model, x, tmp_path) -> None:
+    settings = dict(CASES[name])
+    if settings.pop("calibration", False):
+        settings["calibration"] = [x]
+    plain, before = model(x), state(model)
+    with steer(model, example=x, **settings) as steering:
+        steered = model(x)
+        steering.save(tmp_path)
+    loaded = load_adapter(model, tmp_path)
+    assert torch.equal(model(x), steered)
+    assert (loaded.beta, loaded.c) == (settings["beta"], settings["c"])
+    assert loaded.report.sites == steering.report.sites
+    loaded.remove()
+    assert state(model) == before
+    assert torch.equal(model(x), plain)
+
+
+def test_bit_equal_in_a_fresh_process(model, x, tmp_path) -> None:
+    with steer(model, beta=0.8, example=x, calibration=[x]) as steering:
+        steering.save(tmp_path / "adapter")
+        torch.save({"weights": None, "x": x, "y": model(x)}, tmp_path / "batch.pt")
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    code = (
+        "import sys, torch, flexure; from tests.networks import resnet18\n"
+        "torch.set_num_threads(2)\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "model = resnet18(8).eval(); model.load_state_dict(torch.load(folder + '/weights.pt'))\n"
+        "batch = torch.load(folder + '/batch.pt')\n"
+        "flexure.load_adapter(model, folder + '/adapter')\n"
+        "sys.exit(0 if torch.equal(model(batch['x']), batch['y']) else 1)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_nothing_is_pickled(model, x, tmp_path) -> None:
+    with steer(model, beta=0.8, example=x) as steering:
+        steering.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    json.loads((tmp_path / "adapter_config.json").read_text())
+
+
+def test_dial_can_be_turned_after_loading(model, x, tmp_path) -> None:
+    with steer(model, beta=0.8, example=x) as steering:
+        steering.save(tmp_path)
+        steering.beta = 0.6
+        expected = model(x)
+    with load_adapter(model, tmp_path) as loaded:
+        loaded.beta = 0.6
+        assert torch.equal(model(x), expected)
+
+
+def test_calibrated_dial_turned_after_loading_says_what_it_needs(model, x, tmp_path) -> None:
+    with steer(model, beta=0.8, example=x, calibration=[x]) as steering:
+        steering.save(tmp_path)
+    with load_adapter(model, tmp_path) as loaded:
+        calibrated = model(x)
+        with pytest.raises(AdapterError, match="calibrat"):
+            loaded.beta = 0.6
+        assert torch.equal(model(x), calibrated)
+
+
+def test_wrong_model_lists_missing_and_unexpected(model, x, tmp_path) -> None:
+    with steer(model, beta=0.8, example=x) as steering:
+        steering.save(tmp_path)
+    other = Routed()
+    before = state(other)
+    with pytest.raises(
+        AdapterError, match=r"missing sites: .*layer1\.0:0.*unexpected sites: .*act \(relu\)"
+    ):
+        load_adapter(other, tmp_path)
+    assert state(other) == before
+    model.layer1[0].extra = nn.GELU()
+    with pytest.raises(
+        AdapterError, match=r"missing sites: none; unexpected sites: layer1\.0\.extra"
+    ):
+        load_adapter(model, tmp_path)
+
+
+def test_other_channels_are_named_when_the_model_runs(model, x, tmp_path) -> None:
+    with steer(model, beta=0.8, example=x) as steering:
+        steering.save(tmp_path)
+    wider = resnet18(16).eval()
+    with load_adapter(wider, tmp_path), pytest.raises(ValueError, match="expected 8 channels"):
+        wider(x)
+
+
+DAMAGE = {
+    "no folder": lambda folder: [path.unlink() for path in folder.iterdir()],
+    "no tensors": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+    "cut tensors": lambda folder: (folder / "adapter_model.safetensors").write_bytes(
+        (folder / "adapter_model.safetensors").read_bytes()[:-9]
+    ),
+    "pickle": lambda folder: torch.save({"a": 1}, folder / "adapter_model.safetensors"),
+    "not json": lambda folder: (folder / "adapter_config.json").write_text("{"),
+    "binary": lambda folder: (folder / "adapter_config.json").write_bytes(b"\xff\xfe"),
+    "a list": lambda folder: (folder / "adapter_config.json").write_text("[]"),
+    "PEFT's": lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}'),
+}
+
+EDITS = {
+    "newer format": {"format": 99},
+    "unknown method": {"method": "sorcery"},
+    "no sites": {"sites": None},
+    "unknown site": {"chosen": ["nowhere"]},
+    "wrong types": {"routes": {"layer1.0": 3}},
+}
+
+
+@pytest.mark.parametrize("name", [*DAMAGE, *EDITS])
+def test_damaged_or_foreign_files(name: str, model, x, tmp_path) -> None:
+    with steer(model, beta=0.8, example=x) as steering:
+        steering.save(tmp_path)
+    if name in DAMAGE:
+        DAMAGE[name](tmp_path)
+    else:
+        path = tmp_path / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **EDITS[name]}))
+    before = state(model)
+    with pytest.raises(AdapterError):
+        load_adapter(model, tmp_path)
+    assert state(model) == before
+
+
+def test_values_out_of_range_are_refused(model, x, tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    with steer(model, beta=0.8, example=x) as steering:
+        steering.save(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    before = state(model)
+    for bad in (
+        {**tensors, name: torch.tensor(2.0)},
+        {k: v for k, v in tensors.items() if k != name},
+    ):
+        save_file(bad, path)
+        with pytest.raises(ValueError):
+            load_adapter(model, tmp_path)
+        assert state(model) == before
+
+
+def test_unwritable_folder(model, x, tmp_path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with steer(model, beta=0.8, example=x) as steering, pytest.raises(AdapterError, match="write"):
+        steering.save(blocked / "adapter")
