@@ -13,12 +13,20 @@ from flexure.report.plots import (
     estimates,
     score_against_beta,
 )
-from flexure.report.tables import Table, gain_text, percent, points, site_table, table_of
+from flexure.report.search import (
+    SearchLike,
+    search_page,
+    search_sections,
+    search_summary,
+    verdict,
+)
+from flexure.report.tables import Table, gain_text, percent, run_table, site_table, table_of
 
 __all__ = [
     "Curve",
     "Estimate",
     "Picture",
+    "SearchLike",
     "Section",
     "Table",
     "boundary",
@@ -26,10 +34,14 @@ __all__ = [
     "estimates",
     "gain_text",
     "percent",
-    "points",
     "render",
+    "run_table",
     "score_against_beta",
+    "search_page",
+    "search_sections",
+    "search_summary",
     "site_table",
     "table_of",
+    "verdict",
     "write_page",
 ]

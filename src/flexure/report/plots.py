@@ -53,6 +53,7 @@ _STYLE: dict[str, Any] = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
+_REFERENCE: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (6, 3))}
 _WIDE = (5.6, 3.9)  # inches; the page scales it between a phone's width and its own column
 _PANEL = (3.6, 3.3)
 
@@ -112,6 +113,7 @@ def score_against_beta(
     chosen: tuple[float, float],
     within: Sequence[tuple[float, float]],
     baseline: float | None,
+    baseline_label: str = "beta = 1",
     score: str = "validation accuracy (%)",
     errors: str = "one standard error",
 ) -> Picture:
@@ -121,7 +123,8 @@ def score_against_beta(
         lines: one curve, or one for each value of the second dial.
         chosen: beta and score of the choice.
         within: betas and scores within one standard error of the best.
-        baseline: score at beta = 1, drawn as a level; None where there is no such level.
+        baseline: score of the unchanged network, drawn as a level; None: no such level.
+        baseline_label: what that is.
         score: what the score is, with its unit.
         errors: what the band is.
     """
@@ -129,7 +132,9 @@ def score_against_beta(
     for k, line in enumerate(lines):
         _line(axes, line, k, band=errors)
     if baseline is not None:
-        axes.axhline(baseline, color=INK, linewidth=1.2, linestyle=(0, (6, 3)), label="beta = 1")
+        axes.axhline(
+            baseline, color=INK, linewidth=1.2, linestyle=(0, (6, 3)), label=baseline_label
+        )
     if within:
         xs, ys = zip(*within, strict=True)
         axes.plot(
@@ -138,7 +143,7 @@ def score_against_beta(
     axes.plot(*chosen, "D", color=VERMILION, markersize=9, label=f"chosen: beta = {chosen[0]:.4g}")
     axes.set(xlabel="beta (no unit; 1 is the unchanged network)", ylabel=score)
     _legend(figure)
-    level = "" if baseline is None else f", against {baseline:.1f} at beta = 1"
+    level = "" if baseline is None else f", against {baseline:.1f} at {baseline_label}"
     return _picture(
         figure,
         f"{score} against beta; the chosen beta is {chosen[0]:.4g} with {chosen[1]:.1f}{level}; "
@@ -157,7 +162,7 @@ def estimates(rows: Sequence[Estimate], *, axis: str, highlight: Sequence[str] =
     if not rows:
         raise FlexureError("expected at least one estimate to draw, got none")
     figure, axes = _canvas((_WIDE[0], 1.2 + 0.34 * len(rows)))
-    axes.axvline(0, color=INK, linewidth=1.2, linestyle=(0, (6, 3)))
+    axes.axvline(0, **_REFERENCE)
     for k, row in enumerate(rows):
         stressed = row.label in highlight
         colour, marker = (VERMILION, "D") if stressed else (BLUE, "o")

@@ -5,13 +5,16 @@ Turns results into rows of text; the layout is `page.py`'s and the terminal's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flexure.contracts import FlexureError
 
-__all__ = ["Table", "gain_text", "percent", "points", "site_table", "table_of"]
+__all__ = ["Table", "gain_text", "percent", "run_table", "site_table", "table_of"]
+
+
+_SPACE = "\N{NO-BREAK SPACE}"  # no line may end between a number and its sign
 
 
 @dataclass(frozen=True)
@@ -43,36 +46,34 @@ class Table:
 
 
 class SiteRows(Protocol):
-    """What a site report offers to a table."""
+    """What a site report offers to a table: one dictionary a row, the same keys in each."""
 
-    @property
-    def sites(self) -> Sequence[Any]:
-        """Rows with name, kind, activation, calls, axis, channels and action."""
+    def rows(self) -> Sequence[Mapping[str, str]]: ...
 
 
 def site_table(report: SiteRows) -> Table:
-    """Every activation site: where it is, what it is, and what happens to it."""
-    fields = ("kind", "activation", "calls", "axis", "channels", "action")
-    rows = tuple(
-        (str(site.name), *(_cell(getattr(site, field)) for field in fields))
-        for site in report.sites
-    )
-    return Table(("path", *fields), rows, frozenset({"calls", "axis", "channels"}))
+    """Every activation site, and every activation left out: what it is and what happens to it."""
+    rows = report.rows()
+    columns = tuple(rows[0]) if rows else ("site",)
+    numbers = {"calls", "axis", "channels"} & set(columns)
+    return Table(columns, tuple(tuple(row.values()) for row in rows), frozenset(numbers))
+
+
+def run_table(payload: Mapping[str, Any]) -> Table:
+    """How a run was made, from its result file: settings, versions, commit and date."""
+    rows = [*_flat("", payload["config"]), *_flat("version", payload["versions"])]
+    rows += [(name, payload[name]) for name in ("commit", "platform", "date")]
+    return table_of(("setting", "value"), rows)
 
 
 def percent(share: float, *, digits: int = 1) -> str:
     """A share in [0, 1] as per cent."""
-    return f"{100 * share:.{digits}f} %"
+    return f"{100 * share:.{digits}f}{_SPACE}%"
 
 
-def points(difference: float, *, digits: int = 2) -> str:
-    """A difference of two shares as signed percentage points."""
-    return f"{100 * difference:+.{digits}f}"
-
-
-def gain_text(value: float, low: float, high: float) -> str:
-    """A difference of two shares with its interval, in percentage points."""
-    return f"{points(value)} points, 95 % interval {points(low)} to {points(high)}"
+def gain_text(points: float, low: float, high: float, *, level: float = 0.95) -> str:
+    """A difference in percentage points with its interval."""
+    return f"{points:+.2f} points ({100 * level:.0f}{_SPACE}% interval {low:+.2f} to {high:+.2f})"
 
 
 def table_of(columns: Iterable[str], rows: Iterable[Iterable[Any]], *numeric: str) -> Table:
@@ -84,5 +85,14 @@ def table_of(columns: Iterable[str], rows: Iterable[Iterable[Any]], *numeric: st
     )
 
 
+def _flat(name: str, value: Any) -> list[tuple[str, Any]]:
+    """Nested settings as rows, the names of the outer ones in front."""
+    if not isinstance(value, Mapping):
+        return [(name, value)]
+    return [row for key, inner in value.items() for row in _flat(f"{name} {key}".strip(), inner)]
+
+
 def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(item) for item in value)
     return "–" if value is None else str(value)
