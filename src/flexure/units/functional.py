@@ -1,0 +1,337 @@
+"""The units as functions: CTU, centered softplus, their derivatives and bounds.
+
+Which formula runs where: `blocked.py` in ordinary eager use, behind an autograd function that
+saves only the input; the plain formulas of `plain.py` while compiling, exporting, tracing, inside
+`torch.func` transforms and forward-mode levels, and for derivatives of derivatives.
+
+Modules with parameters are in `unit.py`; what each known activation is, in `catalogue.py`.
+
+[CT] is Curvature Tuning, [LCNN] is Low-Curvature Networks.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from flexure.contracts import FlexureError
+from flexure.units import blocked, plain
+from flexure.units.layout import padded
+from flexure.units.plain import Dial
+
+__all__ = [
+    "BALANCED",
+    "MAX_SLOPE_EXCESS",
+    "balanced_c",
+    "centered_softplus",
+    "check_dial",
+    "ctu",
+    "ctu_curvature",
+    "ctu_curvature_bound",
+    "ctu_slope",
+    "ctu_slope_range",
+]
+
+BALANCED = "balanced"
+"""As `c`: `beta²/(1+beta²)`, for which the unit has the mean of ReLU (`balanced_c`)."""
+
+MAX_SLOPE_EXCESS = 0.099839320128866917
+"""The largest slope of SiLU, minus 1; the smallest slope is its negative."""
+
+
+def ctu(
+    x: Tensor, beta: float | Tensor, c: float | Tensor | str = 0.5, *, inplace: bool = False
+) -> Tensor:
+    """The curvature-tuning unit, eq. 8 of [CT], exact at the ends of its dials.
+
+    `phi(x) = c·x·sigmoid(eta·x) + (1-c)·softplus(gamma·x)/gamma`, `eta = beta/(1-beta)`,
+    `gamma = 1/(1-beta)`. beta = 1 is ReLU; beta = 0 with c = 1 is x/2; beta = 0.5 with c = 1 is
+    SiLU; c = 0 is softplus with inverse temperature gamma.
+
+    Differentiable to any order in `x`, `beta` and `c`. Arithmetic is float32 (float64 for float64
+    inputs) whatever the dtype of `x`. Numbers are checked at every call; the values of tensors
+    are not, because reading them would stall a device: check them once with `check_dial`.
+
+    Args:
+        x: any shape, floating point.
+        beta: in [0, 1]; a number, or a tensor that broadcasts to the shape of `x`: shape `(C, 1,
+            1)` for channels on axis 1 of `(N, C, H, W)`.
+        c: in [0, 1], likewise; or `"balanced"`, see `balanced_c`. Default 0.5, as in [CT].
+        inplace: write the result into `x` and return `x`, as `torch.relu_` does.
+
+    Returns:
+        Shape, dtype and memory format of `x`.
+
+    Raises:
+        FlexureError: `x` is not floating point, a dial's shape does not fit, or a number is out
+            of range.
+
+    Example:
+        >>> import torch
+        >>> ctu(torch.tensor([-1.0, 0.0, 1.0]), 0.5, 1.0)  # SiLU
+        tensor([-0.2689,  0.0000,  0.7311])
+    """
+    beta, c = _as_dials(beta, c)
+    _check_input(x)
+    if _use_plain(x, beta, c):
+        _check_shapes(x, beta, c)
+        y = plain.ctu(x, beta, c)
+        return x.copy_(y) if inplace else y
+    if _records(x, beta, c):
+        return cast(Tensor, _CTU.apply(x, beta, c, inplace))  # type: ignore[no-untyped-call]
+    with torch._C.DisableTorchFunction():
+        return blocked.ctu(x, beta, c, inplace=inplace)
+
+
+def centered_softplus(x: Tensor, beta: float | Tensor) -> Tensor:
+    """Softplus shifted to pass through 0, section 3 of [LCNN]: `log((1 + exp(beta·x))/2)/beta`.
+
+    beta → 0 is x/2 and beta = inf is ReLU, both exact. No cancellation for small beta, in the
+    value or in the derivatives. Differentiable to any order in `x` and `beta`.
+
+    Args:
+        x: any shape, floating point.
+        beta: in [0, inf]; a number, or a tensor that broadcasts to the shape of `x`.
+
+    Returns:
+        Shape and dtype of `x`.
+
+    Raises:
+        FlexureError: `x` is not floating point, beta's shape does not fit, or a number is
+            negative or nan.
+    """
+    if not isinstance(beta, Tensor):
+        beta = _number("beta", beta, math.inf)
+    _check_input(x)
+    if _use_plain(x, beta):
+        _check_shapes(x, beta)
+        return plain.centered_softplus(x, beta)
+    if _records(x, beta):
+        return cast(Tensor, _CenteredSoftplus.apply(x, beta))  # type: ignore[no-untyped-call]
+    with torch._C.DisableTorchFunction():
+        return blocked.centered_softplus(x, beta)
+
+
+def ctu_slope(x: Tensor, beta: float | Tensor, c: float | Tensor | str = 0.5) -> Tensor:
+    """First derivative of `ctu` in x; arguments, result and errors as there.
+
+    `phi' = c·(s + u·s·(1-s)) + (1-c)·sigmoid(gamma·x)`, `u = eta·x`, `s = sigmoid(u)`.
+    """
+    return plain.ctu_slope(*_checked(x, beta, c))
+
+
+def ctu_curvature(x: Tensor, beta: float | Tensor, c: float | Tensor | str = 0.5) -> Tensor:
+    """Second derivative of `ctu` in x; 0 where beta = 1. Arguments and errors as in `ctu`."""
+    return plain.ctu_curvature(*_checked(x, beta, c))
+
+
+def balanced_c(beta: float | Tensor) -> float | Tensor:
+    """The c at which the areas between the unit's two parts and ReLU cancel: `beta²/(1+beta²)`.
+
+    The SiLU part lies `pi²(1-beta)²/(6·beta²)` below ReLU, the softplus part `pi²(1-beta)²/6`
+    above it (integrals over x), so that this c leaves the mean of a wide input distribution as
+    ReLU has it. The 0.5 of [CT] does not.
+    """
+    square = beta * beta
+    return square / (1.0 + square)
+
+
+def ctu_slope_range(c: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """Bounds on `ctu_slope` for every x and beta: `(-0.0998·c, 1 + 0.0998·c)`.
+
+    Attained at c = 1. They replace Lemma C.2 of [CT], whose constant 0.2239 is loose.
+    """
+    c = _as_dial("c", c)
+    return -MAX_SLOPE_EXCESS * c, 1.0 + MAX_SLOPE_EXCESS * c
+
+
+def ctu_curvature_bound(beta: float | Tensor, c: float | Tensor | str = 0.5) -> float | Tensor:
+    """`max |ctu_curvature|` over x, attained at 0: `(c·beta/2 + (1-c)/4)/(1-beta)`.
+
+    inf at beta = 1, where the slope jumps.
+    """
+    beta, c = _as_dials(beta, c)
+    top = 0.5 * c * beta + 0.25 * (1.0 - c)
+    if isinstance(top, Tensor) or isinstance(beta, Tensor):
+        return top / (1.0 - beta)
+    return math.inf if beta == 1.0 else top / (1.0 - beta)
+
+
+def check_dial(beta: float | Tensor, c: float | Tensor | str = 0.5) -> None:
+    """Checks the values of dials, tensors included: this reads them, so it may stall a device.
+
+    Raises:
+        FlexureError: beta or c is not a number or a floating-point tensor, or holds a value
+            outside [0, 1] or nan.
+    """
+    for name, dial in (("beta", beta), ("c", c)):
+        if name == "c" and isinstance(dial, str) and dial == BALANCED:
+            continue
+        dial = _as_dial(name, dial)
+        if isinstance(dial, Tensor):
+            inside = (dial >= 0) & (dial <= 1)
+            if not bool(inside.all()):
+                worst = dial.detach()[~inside].flatten()[0].item()
+                raise _out_of_range(name, worst, 1.0)
+
+
+class _CTU(torch.autograd.Function):
+    """Saves only the input and the dials: 4 bytes an element in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, beta: Dial, c: Dial, inplace: bool) -> Tensor:
+        ctx.dials = _Dials(ctx, x.clone() if inplace else x, beta, c)
+        with torch._C.DisableTorchFunction():
+            y = blocked.ctu(x, beta, c, inplace=inplace)
+        if inplace:
+            ctx.mark_dirty(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, beta, c = ctx.dials.read(ctx)
+        grad, needs = grads[0], tuple(ctx.needs_input_grad[:3])
+        if torch.is_grad_enabled():  # create_graph: these derivatives will be differentiated
+            return (*_plain_gradients(grad, x, beta, c, needs), None)
+        with torch._C.DisableTorchFunction():
+            return (*blocked.ctu_gradients(grad, x, beta, c, needs), None)
+
+
+class _CenteredSoftplus(torch.autograd.Function):
+    """Saves only the input and beta."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, beta: Dial) -> Tensor:
+        ctx.dials = _Dials(ctx, x, beta)
+        with torch._C.DisableTorchFunction():
+            return blocked.centered_softplus(x, beta)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, beta = ctx.dials.read(ctx)
+        grad, needs = grads[0], tuple(ctx.needs_input_grad)
+        if not torch.is_grad_enabled():
+            with torch._C.DisableTorchFunction():
+                return blocked.centered_softplus_gradients(grad, x, beta, needs)
+        by_x, by_beta = plain.centered_softplus_slopes(x, beta)
+        return (
+            grad * by_x.to(x.dtype) if needs[0] else None,
+            _summed(grad, by_beta, beta) if needs[1] else None,
+        )
+
+
+class _Dials:
+    """What a backward pass needs: tensors saved through autograd, numbers as they are."""
+
+    def __init__(self, ctx: Any, x: Tensor, *dials: Dial) -> None:
+        self._numbers = tuple(None if isinstance(p, Tensor) else p for p in dials)
+        ctx.save_for_backward(x, *(p for p in dials if isinstance(p, Tensor)))
+
+    def read(self, ctx: Any) -> tuple[Any, ...]:
+        x, *tensors = ctx.saved_tensors
+        left = iter(tensors)
+        return (x, *(next(left) if p is None else p for p in self._numbers))
+
+
+def _plain_gradients(
+    grad: Tensor, x: Tensor, beta: Dial, c: Dial, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    by_x = grad * plain.ctu_slope(x, beta, c) if needs[0] else None
+    if not any(needs[1:]):
+        return by_x, None, None
+    slopes = plain.ctu_dial_slopes(x, beta, c)
+    by_dial = (
+        _summed(grad, slope, dial) if need else None
+        for need, slope, dial in zip(needs[1:], slopes, (beta, c), strict=True)
+    )
+    return (by_x, *by_dial)
+
+
+def _summed(grad: Tensor, slope: Tensor, dial: Dial) -> Tensor | None:
+    """`grad·slope`, summed over what shares a value of the dial."""
+    if not isinstance(dial, Tensor):
+        return None
+    product = grad.to(slope.dtype) * slope
+    if dial.numel() == 1:
+        return product.sum().reshape(dial.shape).to(dial.dtype)
+    return product.sum_to_size(dial.shape).to(dial.dtype)
+
+
+def _use_plain(x: Tensor, *dials: Dial) -> bool:
+    """Whether something watches the arithmetic that the autograd function would hide from it."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or x.device.type == "meta"
+        or any(
+            isinstance(t, Tensor) and type(t) not in (Tensor, torch.nn.Parameter)
+            for t in (x, *dials)
+        )
+    )
+
+
+def _records(*tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in tensors
+    )
+
+
+def _checked(x: Tensor, beta: float | Tensor, c: float | Tensor | str) -> tuple[Tensor, Dial, Dial]:
+    beta, c = _as_dials(beta, c)
+    _check_input(x)
+    _check_shapes(x, beta, c)
+    return x, beta, c
+
+
+def _check_input(x: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise FlexureError(
+            f"expected a floating-point tensor, got {got}; convert the input with .float()"
+        )
+
+
+def _check_shapes(x: Tensor, *dials: Dial) -> None:
+    for dial in dials:
+        if isinstance(dial, Tensor):
+            padded(dial, x)
+
+
+def _as_dials(beta: Any, c: Any) -> tuple[Dial, Dial]:
+    beta = _as_dial("beta", beta)
+    balanced = isinstance(c, str) and c == BALANCED
+    return beta, balanced_c(beta) if balanced else _as_dial("c", c)
+
+
+def _as_dial(name: str, value: Any) -> Dial:
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise FlexureError(
+                f"expected {name} to be a floating-point tensor, got {value.dtype}; convert it "
+                f"with .float()"
+            )
+        return value
+    return _number(name, value, 1.0)
+
+
+def _number(name: str, value: Any, high: float) -> float:
+    if not isinstance(value, Real):
+        allowed = "a number or a tensor" + (f' or "{BALANCED}"' if name == "c" else "")
+        raise FlexureError(f"expected {name} to be {allowed}, got {value!r}; pass for example 0.5")
+    number = float(value)
+    if not 0.0 <= number <= high:  # nan fails both
+        raise _out_of_range(name, number, high)
+    return number
+
+
+def _out_of_range(name: str, value: float, high: float) -> FlexureError:
+    return FlexureError(
+        f"expected {name} in [0, {high:g}], got {value!r}; {name} outside it has no meaning"
+    )
