@@ -218,11 +218,12 @@ def summary(findings: Findings) -> tuple[str, ...]:
 
 
 def sections(findings: Findings) -> list[Section]:
-    """The parts of a report: sites, one search in full, all seeds."""
+    """The parts of a report: one search in full, all seeds, the sites."""
     first = findings.transfers[0]
     rows = [_estimate(f"seed {t.seed}", t.gain) for t in findings.transfers]
+    score, steered = search_sections(first.search, title=f"Score against beta, seed {first.seed}")
     return [
-        *search_sections(first.search, title=f"Score against beta, seed {first.seed}"),
+        score,
         Section(
             "What the chosen beta gained",
             ("Each seed has a network, a split and a search of its own.",),
@@ -237,6 +238,7 @@ def sections(findings: Findings) -> list[Section]:
             "Seeds: 95 % paired bootstrap over test images. All seeds: mean with its 95 % "
             "t-interval over seeds; they share the same images, so they are not independent.",
         ),
+        steered,
     ]
 
 

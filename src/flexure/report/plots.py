@@ -27,8 +27,8 @@ __all__ = [
 
 # Okabe and Ito (2008), "Color universal design".
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-SKY, PURPLE, YELLOW = "#56B4E9", "#CC79A7", "#F0E442"
-SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW)
+SKY, PURPLE = "#56B4E9", "#CC79A7"
+SERIES = (BLUE, ORANGE, PURPLE, SKY)  # green and vermilion mark single points
 DASHES = ("-", "--", ":", "-.")
 # Stands for the page's text colour until the SVG is written; no picture uses it otherwise.
 INK = "#010203"

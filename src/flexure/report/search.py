@@ -94,9 +94,8 @@ def search_summary(search: SearchLike) -> tuple[str, ...]:
 
 
 def search_sections(search: SearchLike, *, title: str = "Score against beta") -> list[Section]:
-    """The sites, and the score of every setting."""
+    """The score of every setting, and the sites."""
     return [
-        Section("What is steered", table=site_table(search.report), caption=search.report.summary),
         Section(
             title,
             (_gain_sentence(search),),
@@ -104,6 +103,7 @@ def search_sections(search: SearchLike, *, title: str = "Score against beta") ->
             caption="Validation accuracy of a linear probe on the frozen network at each beta. The "
             "score of the chosen beta is optimistic, since it was chosen by it.",
         ),
+        Section("What is steered", table=site_table(search.report), caption=search.report.summary),
     ]
 
 
