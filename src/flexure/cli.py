@@ -160,13 +160,15 @@ def steer(
     check_writable(out)
     loaded = _load(model, device)
     sizes = {"train": train_size, "val": val_size, "test": test_size}
-    parts = _parts(loaded, load_data(data), sizes, device, batch_size, seed)
+    train, val, test = _parts(loaded, load_data(data), sizes, device, batch_size, seed)
     store = out / "search"
     if not resume:
         shutil.rmtree(store, ignore_errors=True)
     found = search_beta(
         loaded.model,
-        **parts,
+        train=train,
+        val=val,
+        test=test,
         head=head or loaded.head,
         betas=grid,
         c=mixtures,
@@ -247,14 +249,14 @@ def _parts(
     device: str,
     batch_size: int,
     seed: int,
-) -> dict[str, PreparedBatches]:
+) -> tuple[PreparedBatches, PreparedBatches, PreparedBatches]:
     """Train, validation and test batches, seeded and stratified, in the model's own terms."""
     given = {name: size for name, size in sizes.items() if size is not None}
     parts = split(data, seed=seed, sizes=given or None)
     prepare: Callable[[LabelledData], PreparedBatches] = partial(
         batches, preprocess=loaded.preprocess, batch_size=batch_size, device=device, cache=True
     )
-    return {"train": prepare(parts.train), "val": prepare(parts.val), "test": prepare(parts.test)}
+    return prepare(parts.train), prepare(parts.val), prepare(parts.test)
 
 
 def _grid(text: str) -> list[float]:

@@ -70,6 +70,29 @@ def test_bit_equal_in_a_fresh_process(model, x, tmp_path) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_trained_head_travels_along(model, x, tmp_path) -> None:
+    before, plain, old = state(model), model(x), model.fc
+    with steer(model, beta=0.8, example=x) as steering:
+        model.fc = nn.Linear(64, 4)
+        with_head = model(x)
+        steering.save(tmp_path, head="fc")
+        with pytest.raises(AdapterError, match=r"expected an nn\.Linear"):
+            steering.save(tmp_path / "other", head="layer1")
+        model.fc = old
+    loaded = load_adapter(model, tmp_path)
+    assert torch.equal(model(x), with_head)
+    loaded.save(tmp_path / "again")
+    loaded.remove()
+    assert state(model) == before
+    assert torch.equal(model(x), plain)
+    with load_adapter(model, tmp_path / "again"):
+        assert torch.equal(model(x), with_head)
+    model.fc = nn.Linear(32, 10)
+    with pytest.raises(AdapterError, match="takes 64 features, the model's 'fc' takes 32"):
+        load_adapter(model, tmp_path)
+    assert type(model.relu) is nn.ReLU
+
+
 def test_nothing_is_pickled(model, x, tmp_path) -> None:
     with steer(model, beta=0.8, example=x) as steering:
         steering.save(tmp_path)

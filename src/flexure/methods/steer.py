@@ -7,7 +7,7 @@ Searching for a dial is `search.py`'s.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -20,6 +20,7 @@ from flexure.surgery.adapter import AdapterFile, check_fits, write_adapter
 from flexure.surgery.calibrate import Calibration, Match
 from flexure.surgery.census import sites
 from flexure.surgery.install import Installation, Plan, install, plan
+from flexure.surgery.replace import linear_of, replace_module
 from flexure.surgery.sites import Site, SiteReport, Where
 from flexure.units.functional import balanced_c, check_dial
 from flexure.units.unit import CTU
@@ -95,6 +96,11 @@ class Steering:
     """A steered model: its dial, its report, and the way back. Made by `steer`.
 
     Also a context manager that restores the model on exit.
+
+    Attributes:
+        model: the steered network.
+        report: the sites, as they were found.
+        head: path of the head that was loaded with the adapter, if it held one.
     """
 
     def __init__(
@@ -114,6 +120,8 @@ class Steering:
         self._c = c
         self._calibration: Calibration | None = None
         self._match: Match | None = None
+        self.head: str | None = None
+        self._put_back_head: Callable[[], None] = lambda: None
 
     @property
     def beta(self) -> Dial:
@@ -170,11 +178,16 @@ class Steering:
         """Whether the units keep the original channel moments."""
         return any(unit.shift is not None for unit in self.units.values())
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, head: str | None = None) -> None:
         """Writes `adapter_config.json` and `adapter_model.safetensors` into the folder `path`.
 
         The files hold the sites by path, each site's beta and c, and the calibration if there is
         one; `flexure.load_adapter(model, path)` steers another copy of the model by them.
+
+        Args:
+            path: a folder, made if it does not exist.
+            head: path of a Linear layer to save too, such as one trained for the steered network;
+                a head that was loaded is saved again without being named.
 
         Raises:
             AdapterError: the folder cannot be written.
@@ -187,11 +200,20 @@ class Steering:
             if unit.scale is not None and unit.shift is not None:
                 tensors[f"{name}.scale"] = unit.scale
                 tensors[f"{name}.shift"] = unit.shift
-        settings = {"beta": self._beta, "c": self._c, "match": self._match}
+        head = head or self.head
+        if head is not None:
+            linear = self.model.get_submodule(head)
+            if not isinstance(linear, nn.Linear):
+                raise AdapterError(
+                    f"expected an nn.Linear at {head!r}, got {type(linear).__name__}"
+                )
+            tensors.update({f"head.{key}": value for key, value in linear.state_dict().items()})
+        settings = {"beta": self._beta, "c": self._c, "match": self._match, "head": head}
         write_adapter(path, AdapterFile("steer", settings, self._plan, self.report, tensors))
 
     def remove(self) -> None:
         """Restores the model exactly; a second call does nothing."""
+        self._put_back_head()
         self._placed.remove()
         self._calibration = None
 
@@ -209,6 +231,23 @@ class Steering:
     def __repr__(self) -> str:
         calibrated = f", calibrated on {self._match}" if self.calibrated else ""
         return f"Steering(beta={self._beta}, c={self._c}, sites={len(self.units)}{calibrated})"
+
+    def _load_head(self, path: str, tensors: Mapping[str, Tensor]) -> None:
+        if "head.weight" not in tensors:
+            raise AdapterError("the adapter's tensors lack head.weight: the file is damaged")
+        if path not in dict(self.model.named_modules()):
+            raise AdapterError(
+                f"the adapter's head belongs at {path!r}; the model has no such module"
+            )
+        linear = linear_of(tensors["head.weight"], tensors.get("head.bias"))
+        old = self.model.get_submodule(path)
+        if isinstance(old, nn.Linear) and old.in_features != linear.in_features:
+            raise AdapterError(
+                f"the adapter's head takes {linear.in_features} features, the model's {path!r} "
+                f"takes {old.in_features}: another model"
+            )
+        self._put_back_head = replace_module(self.model, path, linear)
+        self.head = path
 
     def _calibrate(self, inputs: Iterable[Any], match: Match) -> None:
         self._calibration = Calibration(self.model, self.units, inputs, match)
@@ -240,6 +279,12 @@ def load_steering(model: nn.Module, stored: AdapterFile) -> Steering:
     settings = stored.settings
     steering = Steering(model, stored.report, stored.plan, placed, settings["beta"], settings["c"])
     steering._match = settings.get("match")
+    if settings.get("head") is not None:
+        try:
+            steering._load_head(settings["head"], stored.tensors)
+        except BaseException:
+            steering.remove()
+            raise
     return steering
 
 
