@@ -475,3 +475,21 @@ def test_units_are_ctus(model: Routed, x: Tensor) -> None:
     with steer(model, beta=BETA, example=x) as steering:
         assert all(isinstance(unit, CTU) for unit in steering.units.values())
         assert str(steering.report).count("exact at beta=1") == 5
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_hessian_products_agree_in_every_mode(inplace: bool) -> None:
+    model = resnet18(4).eval().double()
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = inplace
+    x, v = torch.randn(2, 2, 3, 16, 16, dtype=torch.float64)
+    with steer(model, beta=BETA, c=C, example=x):
+        gradient = torch.func.grad(lambda z: model(z).square().sum())
+        forward_over_reverse = torch.func.jvp(gradient, (x,), (v,))[1]
+        leaf = x.clone().requires_grad_()
+        first = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)[0]
+        reverse_over_reverse = torch.autograd.grad((first * v).sum(), leaf)[0]
+        difference = (gradient(x + 1e-5 * v) - gradient(x - 1e-5 * v)) / 2e-5
+    torch.testing.assert_close(forward_over_reverse, difference, atol=1e-8, rtol=1e-5)
+    torch.testing.assert_close(reverse_over_reverse, difference, atol=1e-8, rtol=1e-5)

@@ -80,10 +80,12 @@ def ctu(
     _check_input(x)
     if _use_plain(x, beta, c):
         _check_shapes(x, beta, c)
-        y = plain.ctu(x, beta, c)
+        y = plain.ctu(x.clone() if inplace else x, beta, c)
         return x.copy_(y) if inplace else y
     if _records(x, beta, c):
-        return cast(Tensor, _CTU.apply(x, beta, c, inplace))  # type: ignore[no-untyped-call]
+        # The copy is made outside, where autograd sees it: derivatives of derivatives need it.
+        source, target = (x.clone(), x) if inplace else (x, None)
+        return cast(Tensor, _CTU.apply(source, beta, c, target))  # type: ignore[no-untyped-call]
     with torch._C.DisableTorchFunction():
         return blocked.ctu(x, beta, c, inplace=inplace)
 
@@ -91,8 +93,9 @@ def ctu(
 def centered_softplus(x: Tensor, beta: float | Tensor) -> Tensor:
     """Softplus shifted to pass through 0, section 3 of [LCNN]: `log((1 + exp(beta·x))/2)/beta`.
 
-    beta → 0 is x/2 and beta = inf is ReLU, both exact. No cancellation for small beta, in the
-    value or in the derivatives. Differentiable to any order in `x` and `beta`.
+    beta = 0 is x/2 and beta = inf is ReLU, both exact. No cancellation for small beta (below 1e-25
+    it counts as 0), in the value or in the derivatives. Differentiable to any order in `x` and
+    `beta`.
 
     Args:
         x: any shape, floating point.
@@ -184,12 +187,13 @@ class _CTU(torch.autograd.Function):
     """Saves only the input and the dials: 4 bytes an element in float32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, beta: Dial, c: Dial, inplace: bool) -> Tensor:
-        ctx.dials = _Dials(ctx, x.clone() if inplace else x, beta, c)
+    def forward(ctx: Any, x: Tensor, beta: Dial, c: Dial, target: Tensor | None) -> Tensor:
+        """`target`, if given, holds what `x` is a copy of, and is overwritten by the result."""
+        ctx.dials = _Dials(ctx, x, beta, c)
         with torch._C.DisableTorchFunction():
-            y = blocked.ctu(x, beta, c, inplace=inplace)
-        if inplace:
-            ctx.mark_dirty(x)
+            y = blocked.ctu(x if target is None else target, beta, c, inplace=target is not None)
+        if target is not None:
+            ctx.mark_dirty(target)
         return y
 
     @staticmethod
