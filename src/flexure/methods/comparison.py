@@ -6,6 +6,7 @@ but for its labels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -25,8 +26,8 @@ Row: TypeAlias = "tuple[tuple[float, float], ...]"
 """Settings (beta, c) of one choice of c, by ascending beta; the last is beta = 1."""
 
 _NODES, _HELD_OUT = 5, 2
-_MAX_FEATURE_ERROR = 0.05
-_MAX_SCORE_ERROR = 0.5  # in standard errors of the score
+_MAX_FEATURE_ERROR = 0.1
+_MAX_SCORE_ERROR = 0.5  # in standard errors: together they are 1.12 of one
 
 
 class Trainer:
@@ -36,7 +37,6 @@ class Trainer:
         self,
         splits: Mapping[str, Samples],
         protocol: str,
-        *,
         seed: int,
         device: torch.device,
         clock: Clock,
@@ -142,14 +142,8 @@ class _Interpolated:
             return
         self._known = {beta: self._exact(beta) for beta in self._nodes}
         self.checks = self._check(held)
-        failed = [check for check in self.checks if not check.accepted]
-        if failed:
-            worst = max(failed, key=lambda check: check.feature_error)
-            self.refusal = (
-                f"the interpolation was off at beta {worst.beta:g}, c {worst.c:g}: features by "
-                f"{worst.feature_error:.1%}, score by {worst.score_error:.4f} (standard error "
-                f"{worst.standard_error:.4f})"
-            )
+        self.refusal = _refusal(self.checks)
+        if self.refusal:
             return
         self.guessed = {(beta, self._row[beta]): self._guess(beta) for beta in sorted(rest)}
 
@@ -169,11 +163,8 @@ class _Interpolated:
             score, other = probes[i].accuracy, probes[len(betas) + i].accuracy
             error, feature_error = abs(score - other), _relative_error(guesses[i], exact[i])
             unit = standard_error(score, len(probes[i].correct))
-            small = feature_error <= _MAX_FEATURE_ERROR and error <= _MAX_SCORE_ERROR * unit
             c = self._row[beta]
-            checks.append(
-                InterpolationCheck(beta, c, self._nodes, feature_error, error, unit, small)
-            )
+            checks.append(InterpolationCheck(beta, c, self._nodes, feature_error, error, unit))
         return checks
 
     def _exact(self, beta: float) -> Pair:
@@ -185,6 +176,21 @@ class _Interpolated:
             for split in (0, 1)
         )
         return train, val
+
+
+def _refusal(checks: Sequence[InterpolationCheck]) -> str | None:
+    """Why the interpolation is not accurate enough; None if it is."""
+    feature_error = max(check.feature_error for check in checks)
+    score_error = math.sqrt(sum(check.score_error**2 for check in checks) / len(checks))
+    unit = min(check.standard_error for check in checks)
+    if feature_error <= _MAX_FEATURE_ERROR and score_error <= _MAX_SCORE_ERROR * unit:
+        return None
+    betas = ", ".join(f"{check.beta:g}" for check in checks)
+    return (
+        f"at the held-out betas {betas} (c = {checks[0].c:g} at the first) interpolated features "
+        f"were off by up to {feature_error:.1%} (allowed: {_MAX_FEATURE_ERROR:.0%}) and scores by "
+        f"{score_error:.4f} (allowed: {_MAX_SCORE_ERROR:g} of the standard error {unit:.4f})"
+    )
 
 
 def _relative_error(guess: Pair, exact: Pair) -> float:

@@ -20,9 +20,10 @@ from flexure.surgery.preserve import preserved
 
 __all__ = ["FeatureReader", "default_head", "device_of", "fingerprint", "head_module"]
 
-_CPU_BATCH = 128
-"""Samples per forward pass on CPUs. The activations of larger batches leave the caches: twice the
-time per image for a CIFAR ResNet at 500."""
+_CPU_BATCH = 32
+"""Samples per forward pass on CPUs, whatever the batches' size: the activations of larger ones
+leave the caches and are mapped anew each time. Measured per image of a steered CIFAR ResNet-20 on
+one core: 0.81 ms with 32, 0.90 with 16, 1.09 with 64, 1.36 with 128."""
 
 
 class FeatureReader:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
+from numbers import Real
 from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from flexure.methods.samples import (
 )
 from flexure.methods.search_result import (
     BetaSearch,
+    FeatureInfo,
     Setting,
     TestScore,
     paired_gain,
@@ -82,11 +84,11 @@ def search_beta(
     The baseline is beta = 1 where that is the original network, else (SiLU, GELU, ...) the
     untouched network, which then has its own probe.
 
-    Interpolated features: the network is evaluated at 5 values of beta and the features in
-    between are those of the interpolating polynomial. At 2 further betas both are compared:
-    where the features' relative error is above 0.05, or the validation accuracies differ by more
-    than half the accuracy's standard error, the features are computed everywhere (for each c on
-    its own). The chosen setting's features are always computed, and its score is the one on them.
+    Interpolated features: the network is evaluated at 5 values of beta, and the features in
+    between are those of the interpolating polynomial. At 2 further betas both are compared. Where
+    the features are off by more than 10 %, or the validation accuracies by more than half their
+    standard error (root mean square), features are computed everywhere, for each c on its own.
+    The chosen setting's features are always computed, and its score is the one on them.
 
     Args:
         model: a pretrained network.
@@ -124,37 +126,26 @@ def search_beta(
             classes = check_labels(*splits.values())
             example = _first(model, splits["train"]) if example is None else example
             parts = {} if resume is None else _fingerprint(model, splits, head)
-        trainer = Trainer(
-            splits,
-            protocol,
-            seed=seed,
-            device=device_of(model),
-            clock=clock,
-            reporter=reporter,
-        )
+        trainer = Trainer(splits, protocol, seed, device_of(model), clock, reporter)
         with steer(model, beta=1.0, example=example, where=where) as steering:
             store = None if resume is None else FeatureStore(resume, parts | _sites(steering))
             backbone = Backbone(reader, steering, splits, store, clock, reporter)
-            settings, info = compare(backbone, trainer, rows, features)
-            best = max(settings, key=_preference)
-            if not best.exact:
-                (best,) = trainer.settings({_dial(best): backbone.pair(_dial(best))}, {_dial(best)})
-                settings = tuple(best if _dial(s) == _dial(best) else s for s in settings)
-            hits = None if test is None else trainer.hits(best, backbone.test(_dial(best)))
+            settings, best, info = _choose(backbone, trainer, rows, features)
+            # Only now test data may be looked at.
+            own = _on_test(backbone, trainer, best, "test" in splits)
             baseline = _baseline(settings, steering, backbone, trainer)
-            before = hits
-            if test is not None and baseline is not best:
-                before = trainer.hits(baseline, backbone.test(_dial(baseline)))
+            same = baseline is best
+            before = own if same else _on_test(backbone, trainer, baseline, "test" in splits)
     finally:
         reporter.close()
     return BetaSearch(
         settings=settings,
         best=best,
         baseline=baseline,
-        gain=None if hits is None or before is None else paired_gain(hits, before, seed=seed),
-        test=None if hits is None or before is None else _test_score(hits, before),
+        gain=None if own is None or before is None else paired_gain(own, before, seed=seed),
+        test=None if own is None or before is None else _test_score(own, before),
         protocol=protocol,
-        features=replace(info, evaluated=backbone.evaluated),
+        features=info,
         head=head,
         classes=classes,
         samples={name: len(split) for name, split in splits.items()},
@@ -165,6 +156,24 @@ def search_beta(
         _example=example,
         _where=where,
     )
+
+
+def _choose(
+    backbone: Backbone, trainer: Trainer, rows: Sequence[Row], features: str
+) -> tuple[tuple[Setting, ...], Setting, FeatureInfo]:
+    """All settings, the best of them on computed features, and how the features came about."""
+    settings, info = compare(backbone, trainer, rows, features)
+    best = max(settings, key=_preference)
+    if not best.exact:
+        dial = _dial(best)
+        (best,) = trainer.settings({dial: backbone.pair(dial)}, {dial})
+        settings = tuple(best if _dial(setting) == dial else setting for setting in settings)
+    return settings, best, replace(info, evaluated=backbone.evaluated)
+
+
+def _on_test(backbone: Backbone, trainer: Trainer, setting: Setting, given: bool) -> Tensor | None:
+    """(N,) bool: which test samples the setting's probe gets right; None without test data."""
+    return trainer.hits(setting, backbone.test(_dial(setting))) if given else None
 
 
 def _read(**splits: Batches | None) -> dict[str, Samples]:
@@ -215,7 +224,7 @@ def _mixture(mixture: Mixture, beta: float) -> float:
 
 def _check_numbers(name: str, values: Sequence[object]) -> None:
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
             also = ' or "balanced"' if name == "c" else ""
             raise FlexureError(f"expected {name} in [0, 1]{also}, got {value!r}")
 

@@ -139,7 +139,6 @@ class InterpolationCheck:
         feature_error: ‖interpolated − exact‖ / ‖exact − its mean‖ over train and val features.
         score_error: difference of the validation accuracies of the two probes, absolute.
         standard_error: of the accuracy on exact features.
-        accepted: whether both errors are small enough.
     """
 
     beta: float
@@ -148,7 +147,6 @@ class InterpolationCheck:
     feature_error: float
     score_error: float
     standard_error: float
-    accepted: bool
 
 
 @dataclass(frozen=True)
