@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexure.contracts import DataError, FlexureError
+from flexure.methods import probe as probe_module
 from flexure.methods.logistic import minimise, with_ones
 from flexure.methods.probe import Probe, fit_probes, fit_published_probes
 from tests.reference.probe import train_sequentially
@@ -151,6 +152,18 @@ def test_dead_and_constant_features_do_no_harm() -> None:
     assert wide.weight[:, -2:].abs().max() == 0
     assert wide.accuracy == plain.accuracy
     torch.testing.assert_close(wide.weight[:, :-2], plain.weight, atol=1e-3, rtol=1e-3)
+
+
+def test_large_features_are_not_rotated_and_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, y = problem(200)
+    val, y_val = problem(100, seed=1)
+    rotated = fit_probes(train, y, val_features=val, val_labels=y_val)
+    monkeypatch.setattr(probe_module, "_MAX_ROTATED", 0)
+    plain = fit_probes(train, y, val_features=val, val_labels=y_val)
+    for a, b in zip(rotated, plain, strict=True):
+        assert b.converged
+        assert (a.accuracy, a.ridge) == (b.accuracy, b.ridge)
+        assert a.nll == pytest.approx(b.nll, rel=1e-3)
 
 
 def test_separable_classes_converge() -> None:
