@@ -193,22 +193,22 @@ def _sweep(
         grad = torch.empty_like(x).copy_(grad)
     dtype = working_dtype(x)
     cast = x.dtype != dtype
-    target = torch.empty_like(x if needs[0] else x[:0])
+    target = torch.empty_like(x) if needs[0] else None
     xs, gs = layout.blocks(x), layout.blocks(grad)
-    ys = layout.blocks(target) if needs[0] else xs
+    ys = xs if target is None else layout.blocks(target)
     buffers = layout.buffers((5 if any(needs[1:]) else 1) + 3 * cast, dtype)
     for (xb, gb, yb), kb in zip(zip(xs, gs, ys, strict=True), _per_block(k, layout), strict=False):
         s, *more = _fitting(buffers, xb)
         if cast:
             xb, gb = more[-1].copy_(xb), more[-2].copy_(gb)
-        if needs[0]:
+        if target is not None:
             room = more[-3] if cast else yb
             slope(xb, gb, room, s, kb)
             if cast:
                 yb.copy_(room)
         if any(needs[1:]):
             sums(xb, gb, (s, *more[:4]), kb, totals, needs)
-    return target if needs[0] else None
+    return target
 
 
 def _ctu_values(x: Tensor, y: Tensor, a: Tensor, s: Tensor, k: _Coefficients) -> None:
@@ -253,6 +253,8 @@ def _ctu_sums(
     """
     a, ga, p, q, spare = room
     torch.abs(x, out=a).clamp_max_(LARGEST_SQUARED)
+    if k.relu is not None:  # there every x but 0 is infinitely far from the bend
+        a.copy_(torch.where(k.relu & (a > 0), LARGEST_SQUARED, a))
     torch.mul(g, a, out=ga)
     torch.mul(a, k.fall, out=p).sigmoid_()
     if needs[2]:
@@ -304,6 +306,8 @@ def _centered_sums(
     square = t * t
     series = (1.0 - square / 8.0 + square * square / 72.0) / 8.0
     e = torch.where(t < BEND_SERIES_UP_TO, series, bent / square)
+    if k.relu is not None:
+        e = torch.where(k.relu, 0.0, e)
     totals.add(0, g, a * a * e, torch.empty_like(a))
 
 

@@ -67,7 +67,7 @@ def ctu(x: Tensor, beta: Dial, c: Dial) -> Tensor:
         return _out(_aten.relu(x), x)
     gated = torch.where(t.far_u, t.relu, t.xu * _aten.sigmoid(t.u))
     # At beta = 1 and x = 0 the value is 0, but its slope in beta is that of (1-beta)·log 2.
-    relu = t.relu + torch.where(t.x == 0, LN2 * t.w, 0.0)
+    relu = t.relu + LN2 * t.w * (t.x == 0)
     soft = torch.where(t.far_v, relu, t.width * _aten.softplus(t.v, 1.0, SOFTPLUS_THRESHOLD))
     return _out(_mix(t.c, gated, soft), x)
 
@@ -76,7 +76,7 @@ def ctu_slope(x: Tensor, beta: Dial, c: Dial) -> Tensor:
     """First derivative in x: `c·(s + u·s·(1-s)) + (1-c)·sigmoid(gamma·x)`."""
     t = _terms(x, beta, c)
     if t is None:
-        return _out((x > 0).to(x.dtype), x)
+        return _out(_aten.threshold_backward(torch.ones_like(x), x, 0.0), x)
     step = (t.x > 0).to(t.x.dtype)
     s = _aten.sigmoid(t.u)
     gated = torch.where(t.far_u, step, s * (1.0 + t.u * _aten.sigmoid(-t.u)))
@@ -103,13 +103,13 @@ def ctu_dial_slopes(x: Tensor, beta: Dial, c: Dial) -> tuple[Tensor, Tensor]:
     t = _terms(x, beta, c)
     if t is None:
         x = x.to(working_dtype(x))
-        at_zero = -LN2 * torch.where(x == 0, 1.0, 0.0).to(x.dtype)
-        return (1.0 - c) * at_zero, torch.zeros_like(x)
+        at_zero = LN2 * (x == 0).to(x.dtype)
+        return (c - 1.0) * at_zero, torch.zeros_like(x)
     s, not_s = _aten.sigmoid(t.u), _aten.sigmoid(-t.u)
     softplus = _aten.softplus(t.v, 1.0, SOFTPLUS_THRESHOLD)
     squeezed = torch.where(t.far_u, 0.0, (t.xu * t.gamma) ** 2 * s * not_s)
     entropy = softplus - t.v * _aten.sigmoid(t.v)
-    at_zero = torch.where(t.x == 0, LN2, 0.0)
+    at_zero = LN2 * (t.x == 0).to(t.x.dtype)
     by_beta = _mix(t.c, squeezed, torch.where(t.far_v, -at_zero, -entropy))
     gated = torch.where(t.far_u, 0.0, t.xu * s - _aten.relu(t.xu))
     soft = torch.where(t.far_v, 0.0, t.width * softplus - _aten.relu(t.xv))
