@@ -41,6 +41,7 @@ def problem(n: int, k: int = 3, dimension: int = 12, seed: int = 0) -> tuple[lis
 
 def standardised(train: Tensor, *others: Tensor) -> list[Tensor]:
     mean, std = train.mean(0), train.std(0, correction=0)
+    std = std.clamp_min(0.1 * float(std.square().mean().sqrt()))
     return [(x - mean) / std for x in (train, *others)]
 
 
@@ -134,6 +135,26 @@ def test_results_do_not_depend_on_batching() -> None:
         assert (a.accuracy, a.ridge) == (b.accuracy, b.ridge) == (c.accuracy, c.ridge)
         torch.testing.assert_close(a.weight, b.weight, atol=1e-3, rtol=1e-3)
         assert torch.equal(a.weight, c.weight)
+
+
+def test_nearly_dead_features_do_no_harm() -> None:
+    """What a ReLU that is dead for this data becomes just below beta = 1."""
+    train, y = problem(200, k=1)
+    val, y_val = problem(100, k=1, seed=1)
+    spread = float(train[0].std(0, correction=0).square().mean().sqrt())
+    noise, noise_val = (1e-4 * spread * torch.randn(n, 60) for n in (200, 100))
+    fits = fit_probes(
+        [torch.cat([train[0], torch.zeros(200, 60)], 1), torch.cat([train[0], noise], 1)],
+        y,
+        val_features=[
+            torch.cat([val[0], torch.zeros(100, 60)], 1),
+            torch.cat([val[0], noise_val], 1),
+        ],
+        val_labels=y_val,
+    )
+    # Blown up to unit variance they cost 14 points here.
+    assert abs(fits[1].accuracy - fits[0].accuracy) < 0.03
+    assert abs(fits[1].nll - fits[0].nll) < 0.05
 
 
 def test_dead_and_constant_features_do_no_harm() -> None:

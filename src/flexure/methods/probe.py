@@ -24,6 +24,10 @@ RIDGES: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Default path. On standardised features 1 leaves little but the class means, and below 1e-5 the
 penalty is smaller than the solver's tolerance."""
 
+SMALLEST_SCALE = 0.1
+"""A feature is divided by its standard deviation, but at least by this share of the features'
+root-mean-square standard deviation."""
+
 _CACHE_CHUNK = 8 * 2**20  # bytes: the solver passes over its features again and again
 _MEMORY_CHUNK = 2**30
 _MAX_ROTATED = 1024  # an eigenbasis costs D³, which beyond this is more than it saves
@@ -83,7 +87,8 @@ def fit_probes(
     """Multinomial logistic regression with a ridge chosen on validation data, to convergence.
 
     Minimises mean cross-entropy + ridge/2 · ‖W‖² (bias free) on features standardised by the mean
-    and standard deviation of each problem's *training* features. The path goes from the strongest
+    and standard deviation of each problem's *training* features; a standard deviation below a
+    tenth of their root mean square counts as that tenth. The path goes from the strongest
     ridge to the weakest, each fit starting where the last ended. The ridge with the highest
     validation accuracy is kept; ties go to the lower validation cross-entropy, then to the
     stronger ridge. No randomness is involved.
@@ -233,9 +238,14 @@ class _Standardised:
 
     def __init__(self, train: Tensor) -> None:
         variance, self.mean = torch.var_mean(train.double(), dim=1, keepdim=True, correction=0)
-        scale = variance.sqrt()
         # A constant feature carries nothing; its rounding errors must not be blown up.
-        constant = scale <= 1e-6 * self.mean.abs() + torch.finfo(torch.float32).tiny
+        own = variance.sqrt()
+        constant = own <= 1e-6 * self.mean.abs() + torch.finfo(torch.float32).tiny
+        # A unit that is dead at beta = 1 is nearly dead just below it. To blow its tiny outputs up
+        # to unit variance would make noise of them, and a dip in accuracy that beta does not cause.
+        total = torch.where(constant, 0.0, variance).sum(2, keepdim=True)
+        typical = (total / (~constant).sum(2, keepdim=True).clamp_min(1)).sqrt()
+        scale = torch.maximum(own, SMALLEST_SCALE * typical)
         self.scale = torch.where(constant, torch.inf, scale)
         self.basis: Tensor | None = None
         if train.shape[2] <= _MAX_ROTATED:

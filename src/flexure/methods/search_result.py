@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import TracebackType
@@ -12,10 +13,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from flexure.contracts import Example
-from flexure.methods.features import head_module
 from flexure.methods.probe import Probe
 from flexure.methods.steer import Steering, steer
 from flexure.record import to_json
+from flexure.surgery.replace import replace_module
 from flexure.surgery.sites import SiteReport, Where
 
 __all__ = [
@@ -305,19 +306,17 @@ class InstalledSearch:
 
     def __init__(self, model: nn.Module, path: str, probe: Probe, steering: Steering) -> None:
         self.steering = steering
-        parent, _, self._name = path.rpartition(".")
-        self._parent = model.get_submodule(parent)
-        self._old = head_module(model, path)
-        self.head = probe.linear().train(self._old.training)
-        for like in (*self._old.parameters(), *model.parameters()):
-            self.head.to(device=like.device, dtype=like.dtype)
-            break
-        setattr(self._parent, self._name, self.head)
+        self.head = probe.linear()
+        self._path = path
+        self._put_back = replace_module(model, path, self.head)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the dial and the trained head; see `Steering.save`."""
+        self.steering.save(path, head=self._path)
 
     def remove(self) -> None:
         """Restores the old head and the activations; a second call does nothing."""
-        if getattr(self._parent, self._name) is self.head:
-            setattr(self._parent, self._name, self._old)
+        self._put_back()
         self.steering.remove()
 
     def __enter__(self) -> InstalledSearch:
