@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
@@ -39,6 +40,7 @@ def main() -> None:
 
     Exit codes: 0 done, 2 the user's mistake (one line on stderr), 130 interrupted.
     """
+    warnings.showwarning = _show_warning
     try:
         app(standalone_mode=False)
     except FlexureError as error:
@@ -183,13 +185,13 @@ def steer(
         installed.save(out / "adapter")
     config = {
         "model": model, "data": data, "betas": betas, "c": c, "protocol": protocol.value,
-        "features": features.value, "head": found.head, "where": where, "seed": seed,
+        "features": features.value, "head": found.head, "where": where, "sizes": sizes, "seed": seed,
         "preprocess": repr(loaded.preprocess), "batch_size": batch_size, "device": device,
     }  # fmt: skip
     numbers = found.to_dict()
     payload = record(config=config, seed=seed, numbers=numbers)
     write_json(out / "results.json", payload)
-    _write_page(out / "report.html", found, config)
+    _write_page(out / "report.html", found, payload)
     shutil.rmtree(store, ignore_errors=True)
     if as_json:
         _print_json(payload)
@@ -288,11 +290,11 @@ def _mixtures(text: str) -> Any:
     return values if len(values) > 1 else values[0]
 
 
-def _write_page(path: Path, found: BetaSearch, config: dict[str, Any]) -> None:
-    from flexure.report import search_page, table_of
+def _write_page(path: Path, found: BetaSearch, payload: dict[str, Any]) -> None:
+    from flexure.report import run_table, search_page
 
-    run = table_of(("setting", "value"), [(key, str(value)) for key, value in config.items()])
-    search_page(path, found, title=f"{config['model']} steered for {config['data']}", run=run)
+    title = f"{payload['config']['model']} steered for {payload['config']['data']}"
+    search_page(path, found, title=title, run=run_table(payload))
 
 
 def _print_search(found: BetaSearch, out: Path) -> None:
@@ -305,6 +307,10 @@ def _print_search(found: BetaSearch, out: Path) -> None:
 
 def _print_json(payload: Any) -> None:
     typer.echo(json.dumps(to_json(payload), indent=2))
+
+
+def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    typer.echo(f"flexure: warning: {message}", err=True)
 
 
 def _stop(message: str, code: int) -> None:
