@@ -2,7 +2,13 @@
 
 The published expression is a literal transcription of eq. 8 with its 1e-6, its dials tensors as in
 the published code. All contestants run in one process, in turn, so that the machine's state (busy
-neighbours, freed memory) is the same for all; the numbers are medians over the rounds.
+neighbours, freed memory) is the same for all; the numbers are medians over the rounds, of CPU time
+with one thread (other processes do not disturb it) and of wall time with several.
+
+What memory the allocator has kept decides much. Where the published expression's temporaries must
+be mapped afresh (`faults`: thousands of pages a call) it takes two to ten times as long. Where a
+small shape finds all of them in the heap, the transcendental functions themselves bound the ratio:
+a fused kernel by `torch.compile` is no faster there.
 
     python benchmarks/units.py --threads 1 2
 
@@ -13,6 +19,7 @@ channel, and at most 0.6 without gradients.
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -84,39 +91,50 @@ def cases(shape: tuple[int, ...]):
         yield f"no grad, {kind}", TARGETS["no grad"], evaluate(published, x, *p), ours, relu
 
 
-def medians(contestants: tuple[Callable[[], None], ...], seconds: float) -> list[float]:
-    """Median time of each in seconds, run in turn for about `seconds`, 5 rounds at least."""
+def medians(
+    contestants: tuple[Callable[[], None], ...], seconds: float
+) -> list[tuple[float, float]]:
+    """Median time in seconds and page faults of each, in turn for `seconds`, 5 rounds at least."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for f in contestants:
         f()
     times: list[list[float]] = [[] for _ in contestants]
+    faults: list[list[int]] = [[] for _ in contestants]
     end = time.perf_counter() + seconds
     while len(times[0]) < 5 or (time.perf_counter() < end and len(times[0]) < 200):
-        for f, spent in zip(contestants, times, strict=True):
-            start = time.perf_counter()
+        for f, spent, mapped in zip(contestants, times, faults, strict=True):
+            before, start = page_faults(), clock()
             f()
-            spent.append(time.perf_counter() - start)
-    return [statistics.median(spent) for spent in times]
+            spent.append(clock() - start)
+            mapped.append(page_faults() - before)
+    return [tuple(map(statistics.median, both)) for both in zip(times, faults, strict=True)]
+
+
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--seconds", type=float, default=4.0, help="per case")
+    parser.add_argument("--shapes", nargs="+", default=["x".join(map(str, s)) for s in SHAPES])
     options = parser.parse_args()
     missed = 0
     for threads in options.threads:
         torch.set_num_threads(threads)
-        print(f"\n{threads} thread(s); ns per element")
-        print(f"{'shape':>17}  {'case':<38} {'eq. 8':>7} {'ctu':>7} {'ratio':>6} {'of relu':>8}")
-        for shape in SHAPES:
-            count = torch.Size(shape).numel()
-            for name, target, theirs, ours, relu in cases(shape):
-                a, b, r = medians((theirs, ours, relu), options.seconds)
+        print(f"\n{threads} thread(s); ns per element, thousands of page faults per call")
+        print(f"{'shape':>12}  {'case':<40} {'eq. 8':>6} faults {'ctu':>6} faults  ratio  of relu")
+        for shape in options.shapes:
+            sizes = tuple(map(int, shape.split("x")))
+            per_element = 1e9 / torch.Size(sizes).numel()
+            for name, target, *contestants in cases(sizes):
+                (a, fa), (b, fb), (r, _) = medians(tuple(contestants), options.seconds)
                 missed += b / a > target
                 verdict = "" if b / a <= target else f"  above {target}"
                 print(
-                    f"{'x'.join(map(str, shape)):>17}  {name:<38} {a / count * 1e9:7.2f} "
-                    f"{b / count * 1e9:7.2f} {b / a:6.2f} {b / r:8.1f}{verdict}",
+                    f"{shape:>12}  {name:<40} {a * per_element:6.2f} {fa / 1e3:6.1f} "
+                    f"{b * per_element:6.2f} {fb / 1e3:6.1f} {b / a:6.2f} {b / r:8.1f}{verdict}",
                     flush=True,
                 )
     print(f"\n{missed} of the ratios above their target")

@@ -135,6 +135,13 @@ def test_in_place_is_relu_in_place() -> None:
         assert torch.equal(got, torch.autograd.grad(ctu(source, beta).sum(), source)[0])
 
 
+def test_in_place_has_second_derivatives() -> None:
+    x, beta, c = problem((3, 1, 1), ())
+    assert gradgradcheck(
+        lambda *i: ctu(i[0] * 1.0, *i[1:], inplace=True), (x, beta, c), fast_mode=True
+    )
+
+
 def test_in_place_without_gradients_writes_through_any_layout() -> None:
     for cut in (slice(None), slice(None, None, 2)):
         base = torch.randn(6, 8).t()

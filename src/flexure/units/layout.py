@@ -16,9 +16,12 @@ from flexure.contracts import FlexureError
 
 __all__ = ["Layout", "Totals", "dense", "padded", "widest"]
 
-# Elements per thread in one block: a few buffers of it fit a core's cache, and the fixed cost of
-# a pass (about a microsecond) is small against the pass itself. benchmarks/units.py measures it.
-CPU_BLOCK = 1 << 18
+# Elements of one block on one thread: a few buffers of it fit a cache and are cheap to map, and
+# the fixed cost of a pass (a microsecond) is small against the pass. Threads get twice as much
+# each, because they meet after every pass; the limit keeps the temporaries small on many cores.
+# benchmarks/units.py measures it.
+CPU_BLOCK = 1 << 17
+LARGEST_CPU_BLOCK = 1 << 21
 # Where launching a pass is what costs, blocks only bound the memory of the temporaries.
 DEVICE_BLOCK = 1 << 25
 # Fewer contiguous elements per dial value, and the dials are repeated to make rows longer.
@@ -142,8 +145,11 @@ class Layout:
         return sums.permute(back).sum_to_size(padded).reshape(dial.shape)
 
     def _step(self) -> int:
-        on_cpu = self.device.type == "cpu"
-        block = CPU_BLOCK * torch.get_num_threads() if on_cpu else DEVICE_BLOCK
+        if self.device.type == "cpu":
+            threads = torch.get_num_threads()
+            block = CPU_BLOCK if threads == 1 else min(2 * CPU_BLOCK * threads, LARGEST_CPU_BLOCK)
+        else:
+            block = DEVICE_BLOCK
         return block if self.varies is None else max(1, block // max(1, self.columns))
 
 
