@@ -27,6 +27,8 @@ from flexure.surgery import sites as find_sites
 
 __all__ = ["app", "main"]
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -42,14 +44,15 @@ def main() -> None:
     """
     warnings.showwarning = _show_warning
     try:
-        app(standalone_mode=False)
+        # typer turns an interrupt into a returned exit code.
+        if (code := app(standalone_mode=False)) == _INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except FlexureError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         _stop("; ".join(line for line in lines if line), 2)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _stop("interrupted; what is finished is kept, --resume continues it", 130)
+        _stop("interrupted; what is finished is kept, --resume continues it", _INTERRUPTED)
     except Exception as error:
         if hasattr(error, "format_message"):  # what the parser of the command line raises
             _stop(error.format_message(), 2)
@@ -185,7 +188,8 @@ def steer(
         installed.save(out / "adapter")
     config = {
         "model": model, "data": data, "betas": betas, "c": c, "protocol": protocol.value,
-        "features": features.value, "head": found.head, "where": where, "sizes": sizes, "seed": seed,
+        "features": features.value, "head": found.head, "where": where, "sizes": sizes,
+        "seed": seed,
         "preprocess": repr(loaded.preprocess), "batch_size": batch_size, "device": device,
     }  # fmt: skip
     numbers = found.to_dict()

@@ -104,7 +104,7 @@ def default_head(model: nn.Module) -> str:
     """Path of the last `nn.Linear`, in the order of `named_modules`.
 
     Raises:
-        FlexureError: there is none, or it is the model itself.
+        FlexureError: there is none, it is the model itself, or it is neither linear nor empty.
     """
     names: list[str] = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     if not names or not names[-1]:
@@ -119,7 +119,7 @@ def head_module(model: nn.Module, head: str) -> nn.Module:
     """The module at path `head`.
 
     Raises:
-        FlexureError: there is none, or it is the model itself.
+        FlexureError: there is none, it is the model itself, or it is neither linear nor empty.
     """
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if not head or head not in modules:
@@ -128,7 +128,13 @@ def head_module(model: nn.Module, head: str) -> nn.Module:
             f"expected head= to be the path of a module inside the model, got {head!r}; its "
             f"linear layers are {', '.join(linear[-5:]) or 'none'}"
         )
-    return modules[head]
+    found = modules[head]
+    if not any(isinstance(module, nn.Linear | nn.Identity) for module in found.modules()):
+        raise FlexureError(
+            f"expected the head to be, or to hold, an nn.Linear or nn.Identity, got "
+            f"{type(found).__name__} at {head!r}"
+        )
+    return found
 
 
 def device_of(model: nn.Module) -> torch.device:

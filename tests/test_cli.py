@@ -1,0 +1,254 @@
+"""The command line: what it prints, what it writes, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import flexure
+from flexure.cli import main
+
+MODEL = """
+import time
+
+import torch
+from torch import nn
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 5)
+    ).eval()
+
+class Slowly(nn.Module):
+    def forward(self, x):
+        time.sleep(0.03)
+        return x
+
+def slow():
+    return nn.Sequential(Slowly(), small())
+
+def tanh():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 5))
+"""
+
+FAST = ["--betas", "0.5,0.8", "--train-size", "300", "--val-size", "100", "--test-size", "150"]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "models.py"
+    path.write_text(MODEL)
+    return f"{path}:small"
+
+
+def run(*args: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `flexure ARGS`, in this process."""
+    before = sys.argv
+    sys.argv = ["flexure", *args]
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        sys.argv = before
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_sites_prints_the_table(model: str, capsys) -> None:
+    code, out, err = run("sites", model, "--data", "sklearn:digits", capsys=capsys)
+    assert (code, err) == (0, "")
+    assert "2 sites to steer; 2 exact at beta = 1; 0 left as they are" in out
+    code, out, _ = run("sites", model, "--input-shape", "1,8,8", "--json", capsys=capsys)
+    rows = json.loads(out)["sites"]
+    assert [(row["site"], row["axis"], row["channels"]) for row in rows] == [
+        ("2", "-1", "24"), ("4", "-1", "16"),
+    ]  # fmt: skip
+
+
+def test_sites_of_an_image_model_needs_no_data(capsys) -> None:
+    code, out, err = run("sites", "flexure:resnet20", capsys=capsys)
+    assert code == 0
+    assert "19 sites to steer" in out
+    assert err == ("flexure: warning: flexure:resnet20 without ?weights=FILE has random weights\n")
+
+
+def test_steer_writes_everything_and_its_adapter_loads(model: str, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    code, text, err = run(
+        "steer", model, "--data", "sklearn:digits", *FAST, "--out", str(out), capsys=capsys
+    )
+    assert (code, err) == (0, "")
+    assert "gain" in text
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "report.html", "results.json"]
+    results = json.loads((out / "results.json").read_text())
+    assert results["config"]["data"] == "sklearn:digits"
+    assert results["numbers"]["samples"] == {"train": 300, "val": 100, "test": 150}
+    page = (out / "report.html").read_text()
+    assert "<svg" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    loaded = flexure.load_model(model).model
+    with flexure.load_adapter(loaded, out / "adapter") as steering:
+        assert steering.beta == results["numbers"]["best"]["beta"]
+        assert loaded[5].out_features == 10
+    assert loaded[5].out_features == 5
+
+
+def test_steer_json_is_the_results_file(model: str, tmp_path, capsys) -> None:
+    arguments = ["steer", model, "--data", "sklearn:digits", *FAST, "--out", str(tmp_path / "a")]
+    code, text, err = run(*arguments, "--json", "--c", "0.3,balanced", capsys=capsys)
+    assert (code, err) == (0, "")
+    assert json.loads(text) == json.loads((tmp_path / "a" / "results.json").read_text())
+    assert len(json.loads(text)["numbers"]["settings"]) == 5
+
+
+def test_the_same_seed_gives_the_same_numbers(model: str, tmp_path, capsys) -> None:
+    found = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        arguments = ["steer", model, "--data", "sklearn:digits", *FAST, "--seed", seed]
+        _, text, _ = run(*arguments, "--out", str(tmp_path / name), "--json", capsys=capsys)
+        numbers = json.loads(text)["numbers"]
+        found.append((numbers["settings"], numbers["gain"], numbers["test"]))
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+def _no_class(path: Path) -> str:
+    np.savez(path / "one.npz", x=np.zeros((40, 64), np.float32), y=np.zeros(40, int))
+    return f"npz:{path / 'one.npz'}"
+
+
+def _nan(path: Path) -> str:
+    x = np.random.default_rng(0).normal(size=(200, 64)).astype(np.float32)
+    x[3] = np.nan
+    np.savez(path / "nan.npz", x=x, y=np.arange(200) % 4)
+    return f"npz:{path / 'nan.npz'}"
+
+
+def _labels(path: Path) -> str:
+    np.savez(path / "labels.npz", x=np.zeros((40, 64), np.float32), y=np.arange(40) % 2 - 1)
+    return f"npz:{path / 'labels.npz'}"
+
+
+MISTAKES = {
+    "no command": ([], "command"),
+    "unknown command": (["stear"], "No such command"),
+    "unknown option": (["demo", "--fast"], "No such option"),
+    "unknown model": (["sites", "nothing:at-all"], "flexure:, hf:"),
+    "no such file": (["sites", "flexure:resnet20?weights=absent.safetensors"], "absent"),
+    "no factory": (["sites", "{folder}/models.py:large"], "large"),
+    "unknown data": (["steer", "{model}", "--data", "made:up", "--out", "{out}"], "sklearn:"),
+    "no data": (["steer", "{model}", "--data", "npz:absent.npz", "--out", "{out}"], "absent"),
+    "beta out of range": (["--betas", "0.5,1.5"], "beta"),
+    "beta not a number": (["--betas", "low"], "--betas"),
+    "beta backwards": (["--betas", "0.9:0.7:0.1"], "--betas"),
+    "c out of range": (["--c", "2"], "c in"),
+    "c not a number": (["--c", "half"], "--c"),
+    "unknown protocol": (["--protocol", "sloppy"], "protocol"),
+    "no such head": (["--head", "nowhere"], "nowhere"),
+    "head that is no head": (["--head", "2"], "'2'"),
+    "no such site": (["--where", "layer9.*"], "layer9"),
+    "too many samples": (["--train-size", "99999"], "99999"),
+    "device": (["--device", "tpu9"], "tpu9"),
+    "unwritable": (["--out", "{file}/out"], "out"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line_and_exit_2(name: str, model: str, tmp_path, capsys) -> None:
+    arguments, expected = MISTAKES[name]
+    (tmp_path / "file").write_text("")
+    if arguments and arguments[0].startswith("--"):
+        arguments = ["steer", "{model}", "--data", "sklearn:digits", "--out", "{out}", *arguments]
+    places = {
+        "folder": tmp_path,
+        "model": model,
+        "out": tmp_path / "out",
+        "file": tmp_path / "file",
+    }
+    code, _, err = run(*(str(a).format(**places) for a in arguments), capsys=capsys)
+    assert code == 2
+    if name == "no command":
+        return  # the help, which is many lines
+    assert err.startswith("flexure: ")
+    assert err.count("\n") == 1
+    assert expected in err
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"), [(_no_class, "class"), (_nan, "finite"), (_labels, "label")]
+)
+def test_bad_data_is_one_line_and_exit_2(make, expected: str, model: str, tmp_path, capsys) -> None:
+    arguments = ["steer", model, "--data", make(tmp_path), "--out", str(tmp_path / "out")]
+    code, _, err = run(*arguments, "--betas", "0.5", capsys=capsys)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert expected in err
+
+
+def test_nothing_to_steer_is_a_mistake(model: str, tmp_path, capsys) -> None:
+    arguments = ["steer", model.replace("small", "tanh"), "--data", "sklearn:digits"]
+    code, _, err = run(*arguments, "--out", str(tmp_path / "out"), capsys=capsys)
+    assert code == 2
+    assert "tanh: bounded on both sides" in err
+
+
+def test_version_and_module(capsys) -> None:
+    assert run("--version", capsys=capsys)[:2] == (0, f"{flexure.__version__}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "flexure", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{flexure.__version__}\n"
+
+
+def test_interrupted_and_resumed_equals_undisturbed(model: str, tmp_path) -> None:
+    """Ctrl-C in the middle of a search: finished betas are kept, and the result is the same."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    model = model.replace("small", "slow")
+    betas = ",".join(f"{0.5 + 0.01 * i:.2f}" for i in range(40))
+    command = [sys.executable, "-m", "flexure", "steer", model, "--data", "sklearn:digits"]
+    command += ["--betas", betas, "--out"]
+    store = tmp_path / "cut" / "search"
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "cut")],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # Where tests run in the background, SIGINT may be ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while process.poll() is None and len(list(store.glob("*.safetensors"))) < 5:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert err.count("\n") == 1
+    assert "--resume" in err
+    kept = {path: path.stat().st_mtime_ns for path in store.glob("*.safetensors")}
+    assert len(kept) >= 5
+    subprocess.run([*command, str(tmp_path / "cut"), "--resume"], check=True, env=environment)
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment)
+    numbers = []
+    for name in ("cut", "whole"):
+        found = json.loads((tmp_path / name / "results.json").read_text())["numbers"]
+        found.pop("timing")
+        numbers.append(found)
+    assert numbers[0] == numbers[1]
+
+
+def test_the_model_is_on_the_device_that_was_asked_for(model: str, tmp_path, capsys) -> None:
+    arguments = ["sites", model, "--input-shape", "64", "--device", "cpu:0"]
+    assert run(*arguments, capsys=capsys)[0] == 0
+    assert torch.get_default_device().type == "cpu"
