@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+# Everything in the tests is too small for two threads, which wait for each other on a busy machine.
+# The variable is for the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

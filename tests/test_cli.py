@@ -31,7 +31,7 @@ def small():
 
 class Slowly(nn.Module):
     def forward(self, x):
-        time.sleep(0.03)
+        time.sleep(0.01)
         return x
 
 def slow():
@@ -217,7 +217,7 @@ def test_interrupted_and_resumed_equals_undisturbed(model: str, tmp_path) -> Non
     """Ctrl-C in the middle of a search: finished betas are kept, and the result is the same."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     model = model.replace("small", "slow")
-    betas = ",".join(f"{0.5 + 0.01 * i:.2f}" for i in range(40))
+    betas = ",".join(f"{0.5 + 0.01 * i:.2f}" for i in range(12))
     command = [sys.executable, "-m", "flexure", "steer", model, "--data", "sklearn:digits"]
     command += ["--betas", betas, "--out"]
     store = tmp_path / "cut" / "search"
@@ -229,7 +229,7 @@ def test_interrupted_and_resumed_equals_undisturbed(model: str, tmp_path) -> Non
         # Where tests run in the background, SIGINT may be ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while process.poll() is None and len(list(store.glob("*.safetensors"))) < 5:
+    while process.poll() is None and len(list(store.glob("*.safetensors"))) < 3:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
@@ -237,7 +237,7 @@ def test_interrupted_and_resumed_equals_undisturbed(model: str, tmp_path) -> Non
     assert err.count("\n") == 1
     assert "--resume" in err
     kept = {path: path.stat().st_mtime_ns for path in store.glob("*.safetensors")}
-    assert len(kept) >= 5
+    assert len(kept) >= 3
     subprocess.run([*command, str(tmp_path / "cut"), "--resume"], check=True, env=environment)
     subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment)
     numbers = []

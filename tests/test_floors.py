@@ -42,7 +42,8 @@ def imports_of(path: Path) -> list[str]:
             assert node.level == 0, f"{path}: relative import"
             names = [node.module or ""]
             if node.module == "flexure":
-                names = [f"flexure.{alias.name}" for alias in node.names]
+                known = (alias.name if alias.name in FLOORS else "__init__" for alias in node.names)
+                names = [f"flexure.{name}" for name in known]
         else:
             continue
         found += [name.split(".")[1] for name in names if name.startswith("flexure.")]

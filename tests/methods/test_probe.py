@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,15 +14,6 @@ from flexure.methods.probe import Probe, fit_probes, fit_published_probes
 from tests.reference.probe import train_sequentially
 
 CLASSES = 4
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Everything here is too small for two threads, which wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def problem(n: int, k: int = 3, dimension: int = 12, seed: int = 0) -> tuple[list[Tensor], Tensor]:

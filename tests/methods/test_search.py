@@ -23,15 +23,6 @@ from tests.reference.probe import train_sequentially
 CLASSES, WIDTH = 3, 24
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Everything here is too small for two threads, which wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 GRID = (0.3, 0.6, 0.8, 0.9)
 
 Batch = tuple[Tensor, Tensor]
