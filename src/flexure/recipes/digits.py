@@ -177,7 +177,7 @@ def measure(config: Config) -> Findings:
 
 def pool(gains: Sequence[float]) -> Pooled:
     """Mean, t-interval (mean ± t · sd / √n, n - 1 degrees of freedom), wins and losses."""
-    from scipy.stats import t  # type: ignore[import-untyped]
+    from scipy.stats import t
 
     mean, count = fmean(gains), len(gains)
     half = float(t.ppf(0.975, count - 1)) * stdev(gains) / math.sqrt(count)
