@@ -7,6 +7,7 @@ Here is what satisfies `contracts.LabelledData`. Reading files is the work of `s
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,12 +144,18 @@ def check_splits(splits: Mapping[str, LabelledData], *, source: str) -> None:
     """The checks that every data set passes, whatever it was read from.
 
     Raises:
-        DataError: no training data, an empty split, fewer than two classes, splits that disagree
-            about the classes, or labels out of range.
+        DataError: no training data, an empty split, fewer than two classes, two classes of one
+            name, splits that disagree about the classes, or labels out of range.
     """
     if "train" not in splits:
         raise DataError(f"{source}: expected training data, got only {sorted(splits)}; add it")
     classes = splits["train"].classes
+    if len(set(classes)) < len(classes):
+        ((repeated, count),) = Counter(classes).most_common(1)
+        raise DataError(
+            f"{source}: expected a name of its own for every class, got {count} classes called "
+            f"{repeated!r}; rename them"
+        )
     for name, data in splits.items():
         where = f"{source}, {name}"
         if len(data) == 0:

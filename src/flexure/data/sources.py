@@ -93,7 +93,9 @@ def _load_npz(rest: str) -> dict[str, LabelledData]:
     labels = [part[1] for part in found.values()]
     names = arrays.get("classes")
     classes = (
-        class_names(labels, source=str(path)) if names is None else tuple(str(n) for n in names)
+        class_names(labels, source=str(path))
+        if names is None
+        else _given_names(names, source=str(path))
     )
     return {
         split: ArrayData(items, y, classes)
@@ -172,6 +174,15 @@ def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             f"expected an .npz file of plain arrays at {path}, got: {first_line(error)}; write it "
             f"with numpy.savez and numeric arrays (pickled ones are refused)"
         ) from error
+
+
+def _given_names(names: np.ndarray[Any, Any], *, source: str) -> tuple[str, ...]:
+    if names.ndim != 1:
+        raise DataError(
+            f"{source}: expected classes to be a list of names, got an array of shape "
+            f"{names.shape}; store one name a class"
+        )
+    return tuple(str(name) for name in names)
 
 
 def _npz_split(
