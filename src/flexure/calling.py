@@ -1,4 +1,4 @@
-"""How flexure calls other people's models and data: examples, outputs, batches, modes.
+"""How flexure calls other people's models and data: examples, outputs, batches, modes, seeds.
 
 Knows nothing of activations or methods.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flexure.contracts import Batches, FlexureError
 
-__all__ = ["as_batches", "call_model", "evaluating", "logits_of"]
+__all__ = ["as_batches", "call_model", "evaluating", "logits_of", "seeded"]
 
 
 def as_batches(batches: Batches) -> Batches:
@@ -29,6 +29,17 @@ def call_model(model: nn.Module, x: Any) -> Any:
     if isinstance(x, tuple):
         return model(*x)
     return model(x)
+
+
+def copied(example: Any) -> Any:
+    """An `Example` whose tensors a model may overwrite without touching the caller's."""
+    if isinstance(example, torch.Tensor):
+        return example.detach().clone()
+    if isinstance(example, dict):
+        return {key: copied(value) for key, value in example.items()}
+    if isinstance(example, tuple):
+        return tuple(copied(value) for value in example)
+    return example
 
 
 def logits_of(output: Any) -> Tensor:
@@ -57,3 +68,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The generator that layers draw their initial weights from starts at `seed` inside.
+
+    That is the CPU's default generator; it is put back afterwards. Accelerators' generators stay
+    as they are: `torch.manual_seed` would reseed them too, and they would not be put back.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

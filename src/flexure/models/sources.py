@@ -17,10 +17,10 @@ from types import ModuleType
 from typing import Any
 from warnings import warn
 
-import torch
 from torch import Tensor, nn
 
 from flexure.addresses import existing_path, first_line, look_up, split_options
+from flexure.calling import seeded
 from flexure.contracts import AddressError, FlexureError, LoadedModel, ModelLoader
 from flexure.models.libraries import load_timm, load_torchvision, load_transformers
 from flexure.models.preprocess import CIFAR, AsFloat
@@ -168,9 +168,7 @@ def _whole(text: str, *, what: str) -> int:
 
 def _seeded_resnet(name: str, num_classes: int, seed: int) -> CifarResNet:
     """A network whose random weights depend on `seed` alone; the global generator is restored."""
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would also reseed the accelerators, which fork_rng(devices=[]) ignores.
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return CifarResNet(DEPTHS[name], num_classes=num_classes).eval()
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexure.calling import seeded
 from flexure.contracts import Batches, FlexureError, LabelledData
 from flexure.data import Splits, batches, load_data, only_classes, split
 from flexure.methods.probe import fit_probes
@@ -249,8 +250,7 @@ def _transfer(config: Config, data: LabelledData, seed: int) -> Transfer:
         seed=seed,
         sizes={"test": config.test_share, "val": config.val_share},
     )
-    with torch.random.fork_rng():  # layers draw their initial weights from the default generator
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = MLP((64, *config.hidden, 5))
     fit(
         model,

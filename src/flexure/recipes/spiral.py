@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flexure.calling import logits_of
+from flexure.calling import logits_of, seeded
 from flexure.methods.steer import steer
 from flexure.models.mlp import MLP
 from flexure.record import record, write_json
@@ -269,9 +269,7 @@ def _at_each_setting(
 
 
 def _network(sizes: tuple[int, ...], seed: int) -> nn.Module:
-    # Layers draw their initial weights from torch's default generator, which is put back.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return MLP(sizes)
 
 
