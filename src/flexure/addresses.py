@@ -56,7 +56,7 @@ def split_options(rest: str, *, known: Iterable[str]) -> tuple[str, dict[str, st
         if not equals or not value or key not in known or key in options:
             raise AddressError(
                 f"expected options {', '.join(f'{k}=...' for k in known)}, each at most once, "
-                f"got {part!r} in {rest!r}; mend or remove it"
+                f"got {part!r} in {rest!r}; mend or remove it (inside a value, & is written %26)"
             )
         options[key] = unquote(value)
     return name, options

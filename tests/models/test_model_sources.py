@@ -224,7 +224,12 @@ def test_random_weights_warn_and_follow_the_seed() -> None:
 
 @pytest.mark.parametrize(
     ("query", "message"),
-    [("?depth=3", r"weights=\.\.\."), ("?seed=x", "whole number"), ("?num_classes=0", "0 classes")],
+    [
+        ("?depth=3", r"weights=\.\.\."),
+        ("?seed=x", "whole number"),
+        ("?num_classes=0", "0 classes"),
+        ("?weights=a&b.safetensors", "& is written %26"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*random weights")
 def test_wrong_options(query: str, message: str) -> None:
@@ -364,6 +369,8 @@ def test_file_may_return_a_pair_or_everything(tmp_path: Path) -> None:
         ("def make(): 1 / 0", "ZeroDivisionError"),
         ("1 / 0", "ZeroDivisionError"),
         ("def make(:", "SyntaxError"),
+        ("import sys; sys.exit(0)", "SystemExit"),
+        ("def make(): raise SystemExit", "SystemExit"),
         ("import absent_module", "absent_module"),
     ],
 )

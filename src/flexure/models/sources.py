@@ -121,7 +121,7 @@ def _load_file(rest: str) -> LoadedModel:
         made = _factory(_run_file(path), name, path)()
     except FlexureError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end itself when it is run
         raise AddressError(
             f"expected {name}() of {path} to make a model, got: {first_line(error)}; mend the file"
         ) from error
