@@ -38,11 +38,29 @@ def test_it_writes_results_and_report_and_says_where(tmp_path: Path):
 def test_an_unwritable_folder_fails_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(digits, "measure", lambda config: pytest.fail("work was begun"))
+    monkeypatch.setattr(digits, "measure", lambda config, **more: pytest.fail("work was begun"))
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(FlexureError, match="folder"):
         demo.run(TINY, tmp_path / "file" / "out")
 
 
 def test_the_demo_is_small():
-    assert demo.Config.small() == demo.Config(digits.Config.small(), spiral.Config.small())
+    assert demo.Config.small().digits == digits.Config.small()
+    assert demo.Config.small().spiral == spiral.Config.small(seed=50)
+
+
+def test_one_seed_decides_both_recipes():
+    config = demo.Config.small(seed=7)
+    assert config.digits.seeds == (7, 8, 9, 10, 11)
+    assert config.spiral.seed == 7
+
+
+def test_every_stage_is_told(tmp_path: Path):
+    told: list[str] = []
+    demo.run(TINY, tmp_path, progress=told.append)
+    assert told == [
+        "digits: seed 0 (1 of 2)",
+        "digits: seed 1 (2 of 2)",
+        "spiral: 20 steps",
+        "sine: 10 steps",
+    ]

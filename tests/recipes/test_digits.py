@@ -67,6 +67,13 @@ def test_a_loss_is_reported_as_one(tiny: digits.Findings):
     assert "no gain has been shown" in digits.summary(none)[0]
 
 
+def test_the_lines_say_what_the_intervals_are(tiny: digits.Findings):
+    lines = digits.summary(tiny)
+    mean = digits.pool([100 * t.pixels for t in tiny.transfers])
+    assert f"{mean.points:.1f} % ({mean.low:.1f} to {mean.high:.1f})" in lines[1]
+    assert lines[-1].endswith("t-intervals over seeds, and all seeds share the same images.")
+
+
 def test_one_seed_is_refused():
     with pytest.raises(FlexureError, match="two seeds"):
         digits.measure(replace(TINY, seeds=(0,)))

@@ -69,6 +69,27 @@ def test_the_regression_can_be_left_out():
     assert len(spiral.summary(found)) == 1
 
 
+def test_wilson_against_its_defining_equation():
+    # Its ends are the p with |share - p| = z sqrt(p (1 - p) / n).
+    for share, n in ((0.9, 50), (0.5, 2000), (0.0, 10), (1.0, 10)):
+        low, high = spiral.wilson(share, n)
+        assert 0 <= low <= share <= high <= 1
+        for end in {low, high} - {0.0, 1.0}:
+            wide = 1.959963984540054 * math.sqrt(end * (1 - end) / n)
+            assert abs(share - end) == pytest.approx(wide, rel=1e-9)
+    assert spiral.wilson(0.0, 10)[1] > 0.2
+    assert spiral.wilson(1.0, 10)[0] < 0.8
+
+
+def test_accuracies_have_intervals_and_the_sine_says_why_not(tiny: spiral.Findings):
+    accuracy, error = spiral.summary(tiny)
+    low, high = tiny.boundaries[0].interval
+    assert f"({100 * low:.1f} to {100 * high:.1f}) at beta 1," in accuracy
+    assert "100 fresh points" in accuracy
+    assert "no interval" in error
+    assert spiral.numbers(tiny)["spiral"][0]["test_points"] == 100
+
+
 def test_run_writes_what_it_returns(tmp_path: Path):
     results = spiral.run(TINY, tmp_path)
     assert json.loads((tmp_path / "spiral.json").read_text()) == results

@@ -6,6 +6,7 @@ Composes two recipes; measures nothing itself.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -26,9 +27,9 @@ class Config:
     spiral: spiral.Config = field(default_factory=spiral.Config)
 
     @classmethod
-    def small(cls) -> Config:
-        """What `flexure demo` runs."""
-        return cls(digits.Config.small(), spiral.Config.small())
+    def small(cls, *, seed: int = 50) -> Config:
+        """What `flexure demo` runs: the digits with five seeds from `seed` on, and the spiral."""
+        return cls(digits.Config.small(seed=seed), spiral.Config.small(seed=seed))
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,23 @@ class Summary:
         return "\n".join([*self.lines, f"Report:  {self.report}", f"Results: {self.results}"])
 
 
-def run(config: Config, out: str | os.PathLike[str]) -> Summary:
+def run(
+    config: Config, out: str | os.PathLike[str], *, progress: Callable[[str], None] | None = None
+) -> Summary:
     """Runs both, and writes `results.json` and `report.html` into `out`.
+
+    Args:
+        config: settings of both.
+        out: the folder.
+        progress: is told of every stage, one line each.
 
     Raises:
         FlexureError: `out` cannot be written; checked before anything is computed.
     """
     folder = check_writable(out)
     start = perf_counter()
-    transferred = digits.measure(config.digits)
-    steered = spiral.measure(config.spiral)
+    transferred = digits.measure(config.digits, progress=progress)
+    steered = spiral.measure(config.spiral, progress=progress)
     lines = (*digits.summary(transferred), *spiral.summary(steered))
     payload: dict[str, Any] = record(
         config=config,

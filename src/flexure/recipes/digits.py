@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -90,9 +90,9 @@ class Config:
     c: float = 0.5
 
     @classmethod
-    def small(cls) -> Config:
-        """Half of the seeds."""
-        return cls(seeds=tuple(range(50, 55)))
+    def small(cls, *, seed: int = 50) -> Config:
+        """Half of the seeds, from `seed` on."""
+        return cls(seeds=tuple(range(seed, seed + 5)))
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,14 @@ class Findings:
     pooled: Pooled
 
 
-def run(config: Config, out: str | os.PathLike[str]) -> dict[str, Any]:
-    """Measures, writes `digits.json` and `digits.html` into `out`, and returns the results."""
-    findings = measure(config)
+def run(
+    config: Config, out: str | os.PathLike[str], *, progress: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Measures, writes `digits.json` and `digits.html` into `out`, and returns the results.
+
+    `progress` is told of every stage, one line each.
+    """
+    findings = measure(config, progress=progress)
     results = record(config=config, seed=config.seeds[0], numbers=numbers(findings))
     write_json(Path(out) / "digits.json", results)
     write_page(
@@ -161,8 +166,12 @@ def run(config: Config, out: str | os.PathLike[str]) -> dict[str, Any]:
     return results
 
 
-def measure(config: Config) -> Findings:
+def measure(config: Config, *, progress: Callable[[str], None] | None = None) -> Findings:
     """Trains and searches once for each seed.
+
+    Args:
+        config: the settings.
+        progress: is told of every stage, one line each.
 
     Raises:
         FlexureError: fewer than two seeds.
@@ -172,8 +181,12 @@ def measure(config: Config) -> Findings:
             f"expected at least two seeds, to say how much they differ, got {config.seeds}"
         )
     data = load_data("sklearn:digits")["train"]
-    transfers = tuple(_transfer(config, data, seed) for seed in config.seeds)
-    return Findings(transfers, pool([t.gain.points for t in transfers]))
+    transfers = []
+    for number, seed in enumerate(config.seeds, start=1):
+        if progress is not None:
+            progress(f"digits: seed {seed} ({number} of {len(config.seeds)})")
+        transfers.append(_transfer(config, data, seed))
+    return Findings(tuple(transfers), pool([t.gain.points for t in transfers]))
 
 
 def pool(gains: Sequence[float]) -> Pooled:
@@ -204,17 +217,18 @@ def numbers(findings: Findings) -> dict[str, Any]:
 
 
 def summary(findings: Findings) -> tuple[str, ...]:
-    """What was found, in sentences."""
+    """What was found, in sentences; every interval is a 95 % t-interval over seeds."""
     pooled, transfers = findings.pooled, findings.transfers
     chosen = [t.search.best_beta for t in transfers]
     same = len(transfers) - pooled.wins - pooled.losses
     return (
         f"Digits, {len(transfers)} seeds: choosing beta on validation images changed the test "
         f"accuracy by {gain_text(pooled.points, pooled.low, pooled.high)}, from "
-        f"{percent(fmean(t.test.baseline for t in transfers))} at beta = 1; {pooled.wins} seeds "
+        f"{_mean([t.test.baseline for t in transfers])} at beta = 1; of the seeds, {pooled.wins} "
         f"gained, {pooled.losses} lost, {same} stayed. {verdict(pooled.low, pooled.high)}",
         f"The chosen beta lay between {min(chosen):.4g} and {max(chosen):.4g}. The same probe on "
-        f"the raw pixels, without any network: {percent(fmean(t.pixels for t in transfers))}.",
+        f"the raw pixels, without any network: {_mean([t.pixels for t in transfers])}.",
+        "The digits' intervals are t-intervals over seeds, and all seeds share the same images.",
     )
 
 
@@ -304,6 +318,12 @@ def _whole(data: LabelledData, config: Config) -> tuple[Tensor, Tensor]:
 
 def _share(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(1) == labels).double().mean())
+
+
+def _mean(shares: Sequence[float]) -> str:
+    """Mean over seeds, with its interval, in per cent."""
+    mean = pool([100 * share for share in shares])
+    return f"{mean.points:.1f} % ({mean.low:.1f} to {mean.high:.1f})"
 
 
 def _estimate(label: str, gain: Gain | Pooled) -> Estimate:

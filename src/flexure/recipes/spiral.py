@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, TypeVar
 
 import torch
@@ -72,9 +73,9 @@ class Config:
     grid: int = 120
 
     @classmethod
-    def small(cls) -> Config:
+    def small(cls, *, seed: int = 42) -> Config:
         """The classifier as in the paper; the regression with a tenth of its steps."""
-        return cls(sine_steps=2000)
+        return cls(seed=seed, sine_steps=2000)
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,24 @@ class Setting:
 
 @dataclass(frozen=True)
 class Boundary:
-    """The steered classifier at one setting; `margin` is `(grid, grid)`, lowest x2 first."""
+    """The steered classifier at one setting.
+
+    Attributes:
+        setting: of the dials.
+        accuracy: on fresh points, in [0, 1].
+        n: how many points.
+        margin: `(grid, grid)`, logit of arm 1 minus that of arm 0, lowest x2 first.
+    """
 
     setting: Setting
     accuracy: float
+    n: int
     margin: Tensor
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy over points; the network stays the same one."""
+        return wilson(self.accuracy, self.n)
 
 
 @dataclass(frozen=True)
@@ -129,9 +143,14 @@ class Findings:
     fitted: tuple[Fitted, ...]
 
 
-def run(config: Config, out: str | os.PathLike[str]) -> dict[str, Any]:
-    """Measures, writes `spiral.json` and `spiral.html` into `out`, and returns the results."""
-    findings = measure(config)
+def run(
+    config: Config, out: str | os.PathLike[str], *, progress: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Measures, writes `spiral.json` and `spiral.html` into `out`, and returns the results.
+
+    `progress` is told of every stage, one line each.
+    """
+    findings = measure(config, progress=progress)
     results = record(config=config, seed=config.seed, numbers=numbers(findings))
     write_json(Path(out) / "spiral.json", results)
     write_page(
@@ -146,15 +165,22 @@ def run(config: Config, out: str | os.PathLike[str]) -> dict[str, Any]:
     return results
 
 
-def measure(config: Config) -> Findings:
-    """Trains both networks and evaluates them at every beta and c."""
+def measure(config: Config, *, progress: Callable[[str], None] | None = None) -> Findings:
+    """Trains both networks and evaluates them at every beta and c.
+
+    `progress` is told of every stage, one line each.
+    """
+    tell = progress if progress is not None else _nobody
     generator = torch.Generator().manual_seed(config.seed)
     points, labels = spiral(config.train, config, generator)
     extent = 1.15
+    tell(f"spiral: {config.spiral_steps} steps")
     boundaries = _boundaries(config, points, labels, extent, generator)
     line = torch.linspace(-1.0, 1.0, 401)
     x = 2 * torch.rand(config.train, generator=generator) - 1
     y = _sine(x) + config.noise * torch.randn(config.train, generator=generator)
+    if config.sine_steps:
+        tell(f"sine: {config.sine_steps} steps")
     fitted = _fitted(config, x, y, line) if config.sine_steps else ()
     return Findings(points, labels, extent, boundaries, torch.stack([x, y], 1), line, fitted)
 
@@ -162,25 +188,35 @@ def measure(config: Config) -> Findings:
 def numbers(findings: Findings) -> dict[str, Any]:
     """The measured numbers, without the pictures' arrays."""
     return {
-        "spiral": [asdict(b.setting) | {"test_accuracy": b.accuracy} for b in findings.boundaries],
+        "spiral": [
+            asdict(b.setting)
+            | {"test_accuracy": b.accuracy, "interval": b.interval, "test_points": b.n}
+            for b in findings.boundaries
+        ],
         "sine": [asdict(f.setting) | {"rmse": f.error} for f in findings.fitted],
     }
 
 
 def summary(findings: Findings) -> tuple[str, ...]:
     """What was found, one sentence for each part, at the first c."""
-    c = findings.boundaries[0].setting.c
+    c, n = findings.boundaries[0].setting.c, findings.boundaries[0].n
     accuracies = ", ".join(
-        f"{percent(b.accuracy)} at beta {b.setting.beta:g}"
+        f"{percent(b.accuracy)} ({100 * b.interval[0]:.1f} to {100 * b.interval[1]:.1f}) at beta "
+        f"{b.setting.beta:g}"
         for b in findings.boundaries
         if b.setting.c == c
     )
-    found = [f"Spiral, c = {c:g}: accuracy on fresh points {accuracies}."]
+    found = [
+        f"Spiral, c = {c:g}: accuracy {accuracies} (one network; 95 % Wilson intervals over "
+        f"{n} fresh points)."
+    ]
     if findings.fitted:
         errors = ", ".join(
             f"{f.error:.3f} at beta {f.setting.beta:g}" for f in findings.fitted if f.setting.c == c
         )
-        found.append(f"Sine, c = {c:g}: root mean square error {errors}.")
+        found.append(
+            f"Sine, c = {c:g}: root mean square error {errors} (no interval: one network)."
+        )
     return tuple(found)
 
 
@@ -219,6 +255,18 @@ def spiral(count: int, config: Config, generator: torch.Generator) -> tuple[Tens
     return clean + config.noise * torch.randn(count, 2, generator=generator), arm
 
 
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of n independent samples (Wilson 1927); has a width at 0 and 1."""
+    z = NormalDist().inv_cdf(0.975)
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
+
+
+def _nobody(stage: str) -> None:
+    """Who is told of the progress when nobody asked."""
+
+
 def _boundaries(
     config: Config, points: Tensor, labels: Tensor, extent: float, generator: torch.Generator
 ) -> tuple[Boundary, ...]:
@@ -235,7 +283,9 @@ def _boundaries(
         return right.double().mean().item(), margin
 
     found = _at_each_setting(config, model.eval(), points, look)
-    return tuple(Boundary(setting, accuracy, margin) for setting, (accuracy, margin) in found)
+    return tuple(
+        Boundary(setting, accuracy, config.test, margin) for setting, (accuracy, margin) in found
+    )
 
 
 def _fitted(config: Config, x: Tensor, y: Tensor, line: Tensor) -> tuple[Fitted, ...]:
