@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flexure.contracts import DataError, FlexureError, SiteError
 from flexure.methods.steer import steer
+from flexure.surgery import sites
 from flexure.units import CTU, ctu
 from tests.networks import Swin, resnet18
 
@@ -493,3 +494,205 @@ def test_hessian_products_agree_in_every_mode(inplace: bool) -> None:
         difference = (gradient(x + 1e-5 * v) - gradient(x - 1e-5 * v)) / 2e-5
     torch.testing.assert_close(forward_over_reverse, difference, atol=1e-8, rtol=1e-5)
     torch.testing.assert_close(reverse_over_reverse, difference, atol=1e-8, rtol=1e-5)
+
+
+class Sandwich(nn.Module):
+    """A routed call, then a swapped module, in one caller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.act = nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU()
+        self.pool = nn.MaxPool1d(2)
+        self.more: str | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(input=self.b(F.relu(self.a(x))))
+        if self.more == "function":
+            x = F.relu(x - 0.3)
+        return self.pool(x)
+
+
+class TestCompleteness:
+    def test_calibration_is_no_call_of_the_network(self, x: Tensor) -> None:
+        model = Sandwich()
+        with steer(model, beta=0.5, example=x, calibration=[x], pooling=True) as steering:
+            assert all(unit.shift is not None for unit in steering.units.values())
+            first = steering.units[":0"]
+            h = model.a(x)
+            expected = torch.relu(h).mean(0)
+            found = (first.phi(h) + first.shift).mean(0)
+            torch.testing.assert_close(found, expected)
+        with steer(model, beta=1.0, example=x, pooling=True):
+            assert torch.equal(model(x), Sandwich.forward(model, x))
+
+    def test_a_new_branch_of_a_network_with_only_modules(self, x: Tensor) -> None:
+        model = Sandwich()
+        model.more = None
+        with steer(model, beta=BETA, example=x):
+            model(x)
+            model.more = "function"
+            with pytest.raises(SiteError, match="activation call 1 was max_pool1d"):
+                model(x)
+        plain = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Identity())
+        with steer(plain, beta=BETA, example=x):
+            plain(x)
+            plain[2] = nn.ReLU()
+            with pytest.raises(SiteError, match=r"\(model\).*extra relu"):
+                plain(x)
+
+    @pytest.mark.parametrize("spare", ["spare", "gate"])
+    def test_gates_may_be_called_any_number_of_times(self, spare: str, x: Tensor) -> None:
+        class Loop(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear, self.steps = nn.Linear(6, 6), 2
+
+            def forward(self, x: Tensor) -> Tensor:
+                for _ in range(self.steps):
+                    x = torch.tanh(self.linear(x))
+                return F.relu(x)
+
+        model = Loop()
+        with steer(model, beta=BETA, example=x):
+            model.steps = 5
+            model(x)
+
+    def test_a_pattern_for_everything_is_everything(self, x: Tensor) -> None:
+        model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.RReLU())
+        for where in (None, "*", ["*"], "2"):
+            with pytest.raises(SiteError, match="rrelu"):
+                steer(model, beta=BETA, example=x, where=where)
+        with steer(model, beta=BETA, example=x, where="1"):
+            model(x)
+        with pytest.raises(SiteError, match="at least one site"):
+            steer(model, beta={}, example=x, where="1")
+
+    def test_compiled_before_steering(self, x: Tensor) -> None:
+        model = nn.Sequential(Routed())
+        outer = HidesCheckpointFree(model[0])
+        torch._dynamo.reset()
+        compiled = torch.compile(outer, backend="eager")
+        plain = compiled(x)
+        for _ in range(2):
+            with steer(outer, beta=0.3, c=C, example=x):
+                torch.testing.assert_close(compiled(x), by_hand(model[0], x, 0.3, C))
+            assert torch.equal(compiled(x), plain)
+
+    def test_a_prehook_that_raises_leaves_the_outer_frame(self, x: Tensor) -> None:
+        class Forgiving(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = Inner()
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = F.relu(x)
+                try:
+                    x = self.inner(x)
+                except ZeroDivisionError:
+                    x = x + 1
+                return F.relu(x - 1.2)
+
+        model, raising = Forgiving(), False
+
+        def prehook(*args: object) -> None:
+            if raising:
+                raise ZeroDivisionError
+
+        model.inner.register_forward_pre_hook(prehook)
+        with steer(model, beta=BETA, c=C, example=x):
+            raising = True
+            expected = ctu(ctu(x, BETA, C) - 0.2, BETA, C)
+            torch.testing.assert_close(model(x), expected)
+            assert torch._C._len_torch_function_stack() == 0
+
+
+class HidesCheckpointFree(nn.Module):
+    """A plain parent, so that the routed caller is an inner module."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x)
+
+
+class TestNoTrace:
+    def test_inputs_buffers_and_generators_survive_calibration(self) -> None:
+        class Writes(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = nn.Linear(6, 6)
+                self.register_buffer("count", torch.zeros(()))
+
+            def forward(self, x: Tensor) -> Tensor:
+                self.count += 1
+                x.sub_(1).div_(0.5)
+                return F.relu(self.linear(x) + 0 * torch.rand_like(x))
+
+        model, x = Writes(), torch.randn(16, 6)
+        given, generator = x.clone(), torch.get_rng_state()
+        with steer(model, beta=BETA, c=C, example=x, calibration=[x]) as steering:
+            shift = steering.units[":0"].shift
+        assert torch.equal(x, given)
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert model.count == 0
+        h = model.linear((given - 1) / 0.5)
+        torch.testing.assert_close(shift, (torch.relu(h) - ctu(h, BETA, C)).mean(0))
+
+    def test_interrupted_redial_keeps_the_old_dial(self, model: Routed, x: Tensor) -> None:
+        steering = steer(model, beta=BETA, c=C, example=x, calibration=[x])
+        expected = model(x)
+
+        def interrupt(*args: object) -> None:
+            raise KeyboardInterrupt
+
+        handle = model.act.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            steering.beta = 0.6
+        handle.remove()
+        assert steering.beta == BETA
+        assert torch.equal(model(x), expected)
+        steering.remove()
+        with pytest.raises(SiteError, match="removed"):
+            steering.beta = 0.7
+
+    def test_a_checkpoint_loads_strictly_while_calibrated(self, model: Routed, x: Tensor) -> None:
+        weights = copy.deepcopy(model.state_dict())
+        with steer(model, beta=BETA, example=x, calibration=[x]):
+            model.load_state_dict(weights)
+            assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+    def test_slopes_assigned_while_steered_stay(self, x: Tensor) -> None:
+        model = nn.Sequential(nn.Linear(6, 6), nn.PReLU())
+        new = {**model.state_dict(), "1.weight": torch.tensor([0.7])}
+        with steer(model, beta=BETA, example=x):
+            model.load_state_dict(new, assign=True)
+        assert model[1].weight.item() == pytest.approx(0.7)
+
+    def test_parametrised_slopes_stay_parametrised(self, x: Tensor) -> None:
+        model = nn.Sequential(nn.Linear(6, 6), nn.PReLU())
+        nn.utils.parametrize.register_parametrization(model[1], "weight", nn.Softplus())
+        before = list(model.state_dict())
+        plain = model(x)
+        assert [site.name for site in sites(model, x).sites] == ["1:0"]
+        with steer(model, beta=1.0, example=x):
+            assert list(model.state_dict()) == before
+            torch.testing.assert_close(model(x), plain)
+            model(x).sum().backward()
+        assert model[1].parametrizations.weight.original.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_capped_rectifiers_are_exact_at_1_for_every_input(dtype: torch.dtype) -> None:
+    values = [0.0, 1.5, 3.0, 4.7, 5.99, 6.0, 6.01, 40, 600, 5000, 60000, 1e8, math.inf]
+    x = torch.tensor([[sign * v for v in values for sign in (1, -1)]]).to(dtype)
+    for module in (nn.ReLU6(), nn.Hardtanh(0, 0.3)):
+        model = nn.Sequential(nn.Identity(), module)
+        expected = model(x)
+        with steer(model, beta=1.0, example=x):
+            assert torch.equal(model(x), expected)
+        with steer(model, beta=BETA, c=C, example=x):
+            cap = module.max_val
+            assert ((model(x) >= -0.3) & (model(x) <= cap + 0.3)).all()
+            assert (model(x)[0, -2], model(x)[0, -1]) == (expected[0, -2], 0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from flexure.contracts import AdapterError
+from flexure.contracts import AdapterError, FlexureError
 from flexure.methods.load import load_adapter
 from flexure.methods.steer import steer
 from tests.methods.test_steer import Routed, state
@@ -209,3 +209,55 @@ def test_unwritable_folder(model, x, tmp_path) -> None:
     blocked.write_text("")
     with steer(model, beta=0.8, example=x) as steering, pytest.raises(AdapterError, match="write"):
         steering.save(blocked / "adapter")
+
+
+def test_constants_of_an_activation_must_agree(tmp_path) -> None:
+    x = torch.randn(4, 6)
+    source, target = (nn.Sequential(nn.Linear(6, 6), nn.LeakyReLU(s)) for s in (0.3, 0.01))
+    with steer(source, beta=0.8, example=x) as steering:
+        steering.save(tmp_path)
+    with pytest.raises(AdapterError, match=r"missing sites: 1 \(leaky_relu\)"):
+        load_adapter(target, tmp_path)
+    with load_adapter(nn.Sequential(nn.Linear(6, 6), nn.LeakyReLU(0.3)), tmp_path):
+        pass
+
+
+BROKEN = {
+    "no beta in settings": (lambda c: c["settings"].pop("beta"), None),
+    "no settings": (lambda c: c.update(settings=None), None),
+    "beta is text": (lambda c: c["settings"].update(beta="x"), None),
+    "unknown kind": (lambda c: c["sites"][0].update(kind="zzz"), None),
+    "axis is text": (lambda c: c["sites"][0].update(axis="a"), None),
+    "axis too far": (lambda c: c["sites"][0].update(axis=-9), None),
+    "no routes": (lambda c: c.update(routes={}), None),
+    "nothing chosen": (lambda c: c.update(chosen=[]), None),
+    "module without names": (lambda c: c["sites"][0].update(modules=[]), None),
+    "method is a list": (lambda c: c.update(method=["steer"]), None),
+    "nan shift": (None, lambda t: t.update({"relu.shift": t["relu.shift"] * torch.nan})),
+    "short shift": (None, lambda t: t.update({"relu.shift": t["relu.shift"][:2]})),
+    "one shift missing": (None, lambda t: t.pop("relu.shift")),
+    "one scale missing": (None, lambda t: t.pop("layer1.0:0.scale")),
+    "vector beta": (None, lambda t: t.update({"relu.beta": torch.full((3,), 0.5)})),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_inconsistent_files_change_nothing(name: str, model, x, tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    with steer(model, beta=0.8, example=x, calibration=[x]) as steering:
+        steering.save(tmp_path)
+    edit_config, edit_tensors = BROKEN[name]
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    if edit_config:
+        edit_config(config)
+    else:
+        edit_tensors(tensors)
+    path.write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    before = state(model)
+    with pytest.raises(FlexureError):
+        load_adapter(model, tmp_path)
+    assert state(model) == before

@@ -44,7 +44,6 @@ FUNCTIONS = {
     "clamp_min(0)": lambda x: x.clamp_min(0),
     "clamp_min_(0)": lambda x: x.clamp_min_(0.0),
     "clip": lambda x: torch.clip(x, min=0),
-    "maximum": lambda x: torch.maximum(x, torch.zeros(())),
     "threshold": lambda x: F.threshold(x, 0, 0),
     "built inside forward": lambda x: nn.ReLU()(x),
     "by keyword": lambda x: F.relu(input=x),
@@ -65,7 +64,8 @@ def test_functions_are_found_and_steered(name: str) -> None:
 NOT_ACTIVATIONS = {
     "clamp(min=-1)": lambda x: x.clamp(min=-1),
     "clamp(max=0)": lambda x: x.clamp(max=0),
-    "clamp to a tensor": lambda x: x.clamp(min=torch.zeros(6)),
+    "clamp to a tensor": lambda x: x.clamp(min=torch.ones(6)),
+    "clamp of integers": lambda x: x + x.long().clamp(min=0),
     "maximum of two": lambda x: torch.maximum(x, x.flip(0)),
     "threshold(1, 0)": lambda x: F.threshold(x, 1, 0),
 }
@@ -349,6 +349,11 @@ class Custom(torch.autograd.Function):
         return grad
 
 
+class ScriptedClamp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0)
+
+
 @torch.jit.script
 def scripted(x: Tensor) -> Tensor:
     return torch.relu(x)
@@ -383,6 +388,19 @@ UNREACHABLE = {
     "aten operator": (lambda: Calls(torch.ops.aten.relu.default), "raw operator"),
     "exported graph": (_exported, "raw operator"),
     "autograd function": (lambda: Calls(Custom.apply), "custom autograd function"),
+    "zero tensor as a bound": (
+        lambda: Calls(lambda x: torch.max(x, torch.zeros_like(x))),
+        "zero_bound.*write torch.relu",
+    ),
+    "maximum": (lambda: Calls(lambda x: torch.maximum(x, torch.zeros(()))), "zero_bound"),
+    "clamp from a zero tensor": (
+        lambda: Calls(lambda x: x.clamp(min=torch.zeros(6))),
+        "zero_bound",
+    ),
+    "logaddexp": (lambda: Calls(lambda x: torch.logaddexp(x, torch.zeros(()))), "zero_bound"),
+    "out=": (lambda: Calls(lambda x: torch.clamp(x, 0, out=torch.empty(4, 6))), "zero_bound"),
+    "raw clamp": (lambda: Calls(lambda x: torch.ops.aten.clamp_min(x, 0)), "raw operator"),
+    "scripted clamp": (lambda: nn.Sequential(nn.ReLU(), torch.jit.script(ScriptedClamp())), "1: "),
     "random slopes": (lambda: nn.Sequential(nn.RReLU()), "rrelu: its slopes are random"),
     "model is an activation": (nn.ReLU, "itself is an activation"),
 }
@@ -395,10 +413,12 @@ def test_unreachable_rectifiers_are_an_error_that_names_them(name: str) -> None:
     model, x = build(), torch.randn(4, 6)
     if name != "exported graph":
         model.eval()
-    before = model(x)
+    with torch.no_grad():
+        before = model(x)
     with pytest.raises(SiteError, match=message):
         steer(model, beta=BETA, example=x)
-    assert torch.equal(model(x), before)
+    with torch.no_grad():
+        assert torch.equal(model(x), before)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -489,3 +509,63 @@ def test_copies_are_independent() -> None:
     for twin in twins:
         assert torch.equal(twin(x), steered)
         assert any("CTU" in type(module).__name__ for module in twin.modules())
+
+
+class Chain(nn.Module):
+    """A layer, a function of its output, a ReLU."""
+
+    def __init__(self, layer: nn.Module, between) -> None:
+        super().__init__()
+        self.layer, self.between = layer, between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.between(self.layer(x)))
+
+
+CONV = nn.Conv2d(3, 4, 1)
+BARE_NORM = nn.LayerNorm((4, 4, 4), elementwise_affine=False)
+FOLLOWED = {
+    "roll": (lambda y: y.roll(1, 2), -3),
+    "cat": (lambda y: torch.cat([y, y], 1), -3),
+    "softmax, scaled": (lambda y: 2 * y.softmax(-1) + 1, -3),
+    "three-axis norm without weights": (BARE_NORM, -3),
+    "rot90": (lambda y: torch.rot90(y, 1, (1, 2)), None),
+    "swapaxes_": (lambda y: y.swapaxes_(1, 2), None),
+    "as_strided": (lambda y: y.as_strided(y.shape, (64, 4, 16, 1)), None),
+    "batch swallowed": (lambda y: y[:1].reshape(-1, 1, 4, 4), None),
+    "unknown function": (torch.linalg.matrix_exp, None),
+    "attention": (lambda y: F.scaled_dot_product_attention(y, y, y), None),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_axis_is_followed_or_unknown_never_guessed(name: str) -> None:
+    between, axis = FOLLOWED[name]
+    model, x = Chain(CONV, between), torch.randn(2, 3, 4, 4)
+    assert [site.axis for site in sites(model, x).sites] == [axis]
+    assert not hasattr(x, "__dict__") or not vars(x)
+
+
+@pytest.mark.parametrize("call", ["matrix-vector", "addmm"])
+def test_axis_of_products_with_the_weight_on_the_left(call: str) -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = (
+                nn.Parameter(torch.randn(5, 3)),
+                nn.Parameter(torch.randn(5, 1)),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            if call == "addmm":
+                return F.relu(torch.addmm(self.bias, self.weight, x))
+            return F.relu((self.weight @ x) + 1)
+
+    x = torch.randn(3) if call == "matrix-vector" else torch.randn(3, 3)
+    site = sites(Product(), x).sites[0]
+    assert (site.axis, site.channels) == (-1 if call == "matrix-vector" else -2, 5)
+
+
+def test_pooling_by_norm_is_no_hidden_rectifier() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.LPPool2d(2, 2))
+    assert sites(model, torch.randn(1, 3, 4, 4)).refused == ()

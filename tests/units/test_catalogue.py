@@ -84,7 +84,7 @@ ARGUMENTS = {
     "clamp": (0,), "clip": (0,), "clamp_min": (0,), "clamp_": (0,), "clip_": (0,),
     "clamp_min_": (0,), "hardtanh": (0, 3.0), "hardtanh_": (0, 3.0), "_threshold": (0, 0),
     "threshold": (0, 0), "threshold_": (0, 0), "leaky_relu": (0.2,), "leaky_relu_": (0.2,),
-    "prelu": (torch.tensor([0.3]),), "maximum": (torch.zeros(()),),
+    "prelu": (torch.tensor([0.3]),),
 }  # fmt: skip
 
 
@@ -149,18 +149,26 @@ def test_a_changed_forward_is_not_its_parent() -> None:
     assert read_module(Renamed())[0] is SPECS["relu"]
 
 
+REFUSED_ARGUMENTS = {
+    "gapped_max_pool": (torch.randn(2, 3, 4), 2, 1, 0, 2),
+    "zero_bound": (torch.randn(3), torch.zeros(3)),
+    "jump": (torch.randn(3), 1.0, 0.0),
+    "hardtanh": (torch.randn(3), -1.0, 1.0),
+}
+
+
 def test_out_argument_and_refusals() -> None:
     x = torch.randn(3)
-    assert read_call(torch.clamp, (x, 0), {"out": torch.empty(3)}) is None
+    assert read_call(torch.clamp, (x, 0), {"out": torch.empty(3)})[0].name == "zero_bound"
+    assert read_call(torch.clamp, (x.long(), 0), {}) is None
+    assert read_call(torch.tanh, (x,), {}, refused=False) is None
     for spec in CATALOGUE:
         if spec.refusal is not None:
             assert spec.reference is None
             for function in spec.functions:
-                args = (x, 2, 1, 0, 2) if "gapped" in spec.name else (x,)
-                assert read_call(function, args, {}) is not None or spec.name in (
-                    "jump",
-                    "hardtanh",
-                )
+                found = read_call(function, REFUSED_ARGUMENTS.get(spec.name, (x,)), {})
+                assert found is not None
+                assert found[0] is spec
     assert read_module(nn.Tanh())[0].refusal
     assert read_module(nn.Hardtanh())[0].name == "hardtanh"
 

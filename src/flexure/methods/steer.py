@@ -22,6 +22,7 @@ from flexure.surgery.census import sites
 from flexure.surgery.install import Installation, Plan, install, plan
 from flexure.surgery.replace import linear_of, replace_module
 from flexure.surgery.sites import Site, SiteReport, Where
+from flexure.units.catalogue import read_module
 from flexure.units.functional import balanced_c, check_dial
 from flexure.units.unit import CTU
 
@@ -79,7 +80,9 @@ def steer(
     missing = [site.name for site in chosen if site.name not in cs]
     if missing:
         raise SiteError(f"no pattern of c matches {', '.join(missing)}, which beta steers")
-    complete = where is None and not isinstance(beta, Mapping)
+    if not chosen:
+        raise SiteError("expected beta to name at least one site, got an empty dict")
+    complete = len(chosen) == len(report.sites)
     what = plan(report, chosen, complete=complete)
     placed = _place(model, what, betas, cs)
     steering = Steering(model, report, what, placed, beta, c)
@@ -120,6 +123,7 @@ class Steering:
         self._c = c
         self._calibration: Calibration | None = None
         self._match: Match | None = None
+        self._removed = False
         self.head: str | None = None
         self._put_back_head: Callable[[], None] = lambda: None
 
@@ -151,6 +155,8 @@ class Steering:
                 needs the inputs, which the file does not hold.
         """
         _check_dials(beta, c)
+        if self._removed:
+            raise SiteError("this steering was removed; steer the model again")
         if self.calibrated and self._calibration is None:
             raise AdapterError(
                 "this calibrated steering was loaded from a file, and another dial needs another "
@@ -162,11 +168,17 @@ class Steering:
             missing = [site.name for site in chosen if site.name not in values]
             if missing:
                 raise SiteError(f"no pattern of {name} matches {', '.join(missing)}")
-        for name, unit in self.units.items():
-            unit.dial(betas[name], cs[name])
+        before = {name: _held(unit) for name, unit in self.units.items()}
+        try:
+            for name, unit in self.units.items():
+                unit.dial(betas[name], cs[name])
+            if self._calibration is not None:
+                self._calibration.apply()
+        except BaseException:
+            for name, unit in self.units.items():
+                _restore(unit, before[name])
+            raise
         self._beta, self._c = beta, c
-        if self._calibration is not None:
-            self._calibration.apply()
 
     @property
     def units(self) -> Mapping[str, CTU]:
@@ -202,7 +214,7 @@ class Steering:
                 tensors[f"{name}.shift"] = unit.shift
         head = head or self.head
         if head is not None:
-            linear = self.model.get_submodule(head)
+            linear = dict(self.model.named_modules()).get(head)
             if not isinstance(linear, nn.Linear):
                 raise AdapterError(
                     f"expected an nn.Linear at {head!r}, got {type(linear).__name__}"
@@ -216,6 +228,7 @@ class Steering:
         self._put_back_head()
         self._placed.remove()
         self._calibration = None
+        self._removed = True
 
     def __enter__(self) -> Steering:
         return self
@@ -262,30 +275,54 @@ def load_steering(model: nn.Module, stored: AdapterFile) -> Steering:
         AdapterError: the model has other sites than the file, listed; or a value is missing.
     """
     check_fits(model, stored)
-    names = [site.name for site in stored.plan.sites]
-    missing = [
-        key for name in names for key in (f"{name}.beta", f"{name}.c") if key not in stored.tensors
-    ]
-    if missing:
-        raise AdapterError(f"the adapter's tensors lack {', '.join(missing)}: the file is damaged")
-    betas = {name: float(stored.tensors[f"{name}.beta"]) for name in names}
-    cs: dict[str, float | str] = {name: float(stored.tensors[f"{name}.c"]) for name in names}
+    values = {site.name: _stored_values(stored, site) for site in stored.plan.sites}
+    settings = stored.settings
+    if "beta" not in settings or "c" not in settings:
+        raise AdapterError("the adapter's settings lack beta or c: the file is damaged")
+    _check_dials(settings["beta"], settings["c"])
+    betas = {name: found["beta"] for name, found in values.items()}
+    cs = {name: found["c"] for name, found in values.items()}
     _check_dials(betas, cs)
     placed = _place(model, stored.plan, betas, cs)
-    for name, unit in placed.units.items():
-        if f"{name}.shift" in stored.tensors:
-            unit.correct(stored.tensors[f"{name}.scale"], stored.tensors[f"{name}.shift"])
-            unit.to(device=next((p.device for p in model.parameters()), torch.device("cpu")))
-    settings = stored.settings
-    steering = Steering(model, stored.report, stored.plan, placed, settings["beta"], settings["c"])
-    steering._match = settings.get("match")
-    if settings.get("head") is not None:
-        try:
+    try:
+        for name, unit in placed.units.items():
+            if "shift" in values[name]:
+                unit.correct(values[name]["scale"], values[name]["shift"])
+                unit.to(device=next((p.device for p in model.parameters()), torch.device("cpu")))
+        steering = Steering(
+            model, stored.report, stored.plan, placed, settings["beta"], settings["c"]
+        )
+        steering._match = settings.get("match")
+        if settings.get("head") is not None:
             steering._load_head(settings["head"], stored.tensors)
-        except BaseException:
-            steering.remove()
-            raise
+    except BaseException:
+        placed.remove()
+        raise
     return steering
+
+
+def _stored_values(stored: AdapterFile, site: Site) -> dict[str, Any]:
+    """A site's numbers in the file, checked: beta and c, and scale and shift if calibrated."""
+    found: dict[str, Any] = {}
+    for key in ("beta", "c"):
+        tensor = stored.tensors.get(f"{site.name}.{key}")
+        if tensor is None or tensor.numel() != 1:
+            raise AdapterError(f"the adapter's tensors lack {site.name}.{key}: the file is damaged")
+        found[key] = float(tensor)
+    calibrated = stored.settings.get("match") is not None
+    for key in ("scale", "shift"):
+        tensor = stored.tensors.get(f"{site.name}.{key}")
+        if (tensor is not None) != calibrated:
+            raise AdapterError(f"{site.name}.{key} does not fit the adapter's settings")
+        if tensor is None:
+            continue
+        if tensor.shape != (site.channels,) or not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(
+                f"expected {site.name}.{key} to be {site.channels} finite numbers, got shape "
+                f"{tuple(tensor.shape)}: the file is damaged"
+            )
+        found[key] = tensor
+    return found
 
 
 def _place(
@@ -296,9 +333,10 @@ def _place(
 ) -> Installation[CTU]:
     def make(site: Site, original: nn.Module | None) -> CTU:
         params = dict(site.params)
-        weight = getattr(original, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            params["slope"] = weight
+        if original is not None:
+            # Of a loaded adapter too: a learned slope is the model's own, and is not stored.
+            found = read_module(original)
+            params = params if found is None else found[1]
         return CTU(
             site.activation,
             beta=betas[site.name],
@@ -311,6 +349,17 @@ def _place(
         )
 
     return install(model, what, make)
+
+
+def _held(unit: CTU) -> tuple[Any, ...]:
+    return unit.beta, unit.c, unit.scale, unit.shift
+
+
+def _restore(unit: CTU, held: tuple[Any, ...]) -> None:
+    beta, c, scale, shift = held
+    unit.dial(beta, c)
+    if scale is not None:
+        unit.correct(scale, shift)
 
 
 def _check_dials(beta: Dial, c: Mixture) -> None:

@@ -20,6 +20,7 @@ from flexure.record import write_json
 from flexure.surgery.install import Plan
 from flexure.surgery.sites import Event, Refusal, Site, SiteReport
 from flexure.units.catalogue import SPECS, read_module
+from flexure.units.spec import UnitSpec
 
 __all__ = ["AdapterFile", "check_fits", "read_adapter", "write_adapter"]
 
@@ -69,6 +70,7 @@ def write_adapter(folder: str | os.PathLike[str], adapter: AdapterFile) -> None:
         },
         "chosen": [site.name for site in adapter.plan.sites],
         "routes": adapter.plan.routes,
+        "complete": adapter.plan.complete,
         "fast_paths": adapter.plan.fast_paths,
         "unreached": adapter.report.unreached,
         "guarded": adapter.plan.guarded,
@@ -114,11 +116,16 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
                 caller: tuple((activation, site) for activation, site in route)
                 for caller, route in config["routes"].items()
             },
+            bool(config["complete"]),
             tuple(config["fast_paths"]),
             tuple(config["guarded"]),
         )
-        return AdapterFile(config["method"], config["settings"], what, report, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        adapter = AdapterFile(
+            str(config["method"]), dict(config["settings"]), what, report, tensors
+        )
+        _check_consistent(adapter)
+        return adapter
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise AdapterError(
             f"{where / CONFIG} is damaged: {type(error).__name__}: {error}; save the adapter again"
         ) from error
@@ -141,7 +148,7 @@ def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
             continue
         for path in site.modules:
             found = read_module(modules[path]) if path in modules else None
-            if found is None or (site.kind == "module" and found[0].name != site.activation):
+            if found is None or (site.kind == "module" and not _same(site, *found)):
                 missing.append(f"{path} ({site.activation})")
     known = {path for site in adapter.report.sites for path in site.modules}
     known |= {refusal.name for refusal in adapter.report.refused}
@@ -158,6 +165,29 @@ def check_fits(model: nn.Module, adapter: AdapterFile) -> None:
             f"missing sites: {', '.join(missing) or 'none'}; "
             f"unexpected sites: {', '.join(unexpected) or 'none'}"
         )
+
+
+def _same(site: Site, spec: UnitSpec, params: Mapping[str, Any]) -> bool:
+    """Whether a module is the site's activation, its constants included."""
+    plain = {key: value for key, value in params.items() if not isinstance(value, Tensor)}
+    return spec.name == site.activation and _jsonable(plain) == _jsonable(dict(site.params))
+
+
+def _jsonable(params: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(params))
+
+
+def _check_consistent(adapter: AdapterFile) -> None:
+    """Checks what a file says against itself, before any model is touched."""
+    if not adapter.plan.sites:
+        raise ValueError("it names no site")
+    routed = {name for route in adapter.plan.routes.values() for _, name in route if name}
+    chosen = {site.name for site in adapter.plan.sites if site.kind == "call"}
+    if routed != chosen:
+        raise ValueError(f"routes and sites disagree about {sorted(routed ^ chosen)}")
+    for site in adapter.plan.sites:
+        if site.kind == "module" and not site.modules:
+            raise ValueError(f"site {site.name!r} names no module")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -196,6 +226,11 @@ def _site_to_json(site: Site) -> dict[str, Any]:
 
 def _site_from_json(stored: dict[str, Any]) -> Site:
     site = Site(**{**stored, "modules": tuple(stored["modules"]), "shape": tuple(stored["shape"])})
-    if site.activation not in SPECS:
+    if site.activation not in SPECS or SPECS[site.activation].refusal is not None:
         raise ValueError(f"unknown activation {site.activation!r}")
+    if site.kind not in ("module", "call"):
+        raise ValueError(f"unknown kind of site {site.kind!r}")
+    axis, size = site.axis, len(site.shape)
+    if axis is not None and not (isinstance(axis, int) and -size <= axis < 0):
+        raise ValueError(f"site {site.name!r} has axis {axis!r} of a shape {site.shape}")
     return site

@@ -7,29 +7,39 @@ dimensions: what it cannot follow is unknown, and the caller is asked. Axes coun
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from flexure.units.catalogue import read_call
 
 __all__ = ["ChannelAxes"]
-
-_MARK = "_flexure_channel_axis"
-_WEIGHT = "_flexure_weight"
 
 
 class ChannelAxes:
     """Follows the channel axis through the functions of one forward pass.
 
-    The axis is remembered on the tensor objects themselves, so that nothing outlives them.
+    Tensors are known by identity and held weakly, so that nothing is left on them or kept alive.
     """
+
+    def __init__(self) -> None:
+        self._axes: Any = WeakIdKeyDictionary()
+        self._weights: Any = WeakIdKeyDictionary()
 
     def of(self, x: Tensor) -> int | None:
         """The channel axis of `x`, or None where it is not known."""
-        axis = getattr(x, _MARK, None)
-        return axis if isinstance(axis, int) else None
+        axis: int | None = self._axes.get(x)
+        return axis
+
+    def _is_weight(self, x: Tensor) -> bool:
+        """Whether `x` is a parameter, or made of parameters alone (`weight.T`)."""
+        return isinstance(x, torch.nn.Parameter) or x in self._weights
 
     def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """Marks the outputs of `func(*args, **kwargs)`."""
@@ -40,12 +50,18 @@ class ChannelAxes:
         else:
             return
         inputs = [value for value in _flat([*args, *kwargs.values()]) if isinstance(value, Tensor)]
-        constant = bool(inputs) and all(_is_weight(x) for x in inputs)
+        constant = bool(inputs) and all(self._is_weight(x) for x in inputs)
         for output in outputs:
             if not isinstance(output, Tensor) or isinstance(output, torch.nn.Parameter):
                 continue
-            setattr(output, _WEIGHT, constant)
-            setattr(output, _MARK, self._axis(func, args, kwargs, inputs, output))
+            if constant:
+                self._weights[output] = True
+            axis = self._axis(func, args, kwargs, inputs, output)
+            # In place, the output is the input: what was known of it may no longer hold.
+            if axis is None:
+                self._axes.pop(output, None)
+            else:
+                self._axes[output] = axis
 
     def _axis(
         self,
@@ -63,11 +79,28 @@ class ChannelAxes:
         if not inputs:
             return None
         x, axis = inputs[0], self.of(inputs[0])
+        if name in _PRODUCTS:
+            return self._product(inputs[-2:], out)
+        if name in _NORMS:
+            shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
+            return -1 if len(shape) == 1 else axis
+        if name in _JOINS:
+            axes = {self.of(part) for part in inputs}
+            return axes.pop() if len(axes) == 1 and x.ndim == out.ndim else None
         if name in _MOVES:
             return None if axis is None else _MOVES[name](x, axis, args[1:], kwargs, out)
-        if name in _UNKNOWN:
+        if name.rstrip("_") in _KEEPS or func in _POOLS or read_call(func, tuple(args), kwargs):
+            return self._elementwise(inputs, out)
+        return None
+
+    def _product(self, inputs: Sequence[Tensor], out: Tensor) -> int | None:
+        """x @ weight has its channels last, weight @ x before that; x @ y has none known."""
+        if len(inputs) != 2:
             return None
-        return self._elementwise(inputs, out)
+        left, right = (x.ndim == 2 and self._is_weight(x) for x in inputs)
+        if left == right:
+            return None
+        return -1 if right or out.ndim == 1 else -2
 
     def _elementwise(self, inputs: Sequence[Tensor], out: Tensor) -> int | None:
         """The axis that the inputs agree on, if the output kept that axis."""
@@ -79,11 +112,6 @@ class ChannelAxes:
             and x.shape[axis] == out.shape[axis]
         }
         return found.pop() if len(found) == 1 else None
-
-
-def _is_weight(x: Tensor) -> bool:
-    """Whether `x` is a parameter, or made of parameters alone (`weight.T`)."""
-    return isinstance(x, torch.nn.Parameter) or bool(getattr(x, _WEIGHT, False))
 
 
 def _flat(values: Sequence[Any]) -> Sequence[Any]:
@@ -106,35 +134,11 @@ def _after_batch(spatial: int) -> Callable[[Sequence[Tensor], Tensor], int]:
     return lambda inputs, out: -1 - spatial
 
 
-def _matmul(inputs: Sequence[Tensor], out: Tensor) -> int | None:
-    """x @ weight has its channels last, weight @ x before that; x @ y has none known."""
-    if len(inputs) != 2:
-        return None
-    left, right = (x.ndim == 2 and _is_weight(x) for x in inputs)
-    if left == right:
-        return None
-    return -1 if right else -2
-
-
-def _layer_norm(inputs: Sequence[Tensor], out: Tensor) -> int | None:
-    if len(inputs) > 1 and inputs[1].ndim != 1:
-        axis = getattr(inputs[0], _MARK, None)
-        return axis if isinstance(axis, int) else None
-    return -1
-
-
 _PRODUCERS: Mapping[str, Callable[[Sequence[Tensor], Tensor], int | None]] = {
     "linear": _last,
     "bilinear": _last,
-    "addmm": _last,
     "embedding": _last,
-    "layer_norm": _layer_norm,
-    "rms_norm": _last,
     "multi_head_attention_forward": _last,
-    "matmul": _matmul,
-    "mm": _matmul,
-    "__matmul__": _matmul,
-    "__rmatmul__": _matmul,
     "batch_norm": _first_after_batch,
     "group_norm": _first_after_batch,
     "instance_norm": _first_after_batch,
@@ -145,7 +149,38 @@ _PRODUCERS: Mapping[str, Callable[[Sequence[Tensor], Tensor], int | None]] = {
     },
 }
 
-_UNKNOWN = frozenset({"bmm", "baddbmm", "einsum", "tensordot", "gather", "outer", "cdist", "roll"})
+_PRODUCTS = frozenset({"matmul", "mm", "__matmul__", "__rmatmul__", "addmm"})
+_NORMS = frozenset({"layer_norm", "rms_norm"})
+_JOINS = frozenset({"cat", "concat", "concatenate"})
+
+# What leaves every element where it is, or moves it along an axis only. Anything else that is not
+# named in this file makes the axis unknown.
+_KEEPS = frozenset(
+    f"{prefix}{name}{suffix}"
+    for name in ("add", "sub", "mul", "truediv", "div", "pow", "neg")
+    for prefix, suffix in (("", ""), ("__", ""), ("__r", ""), ("__i", ""), ("r", ""))
+) | frozenset(
+    re.findall(
+        r"\w+",
+        """
+        true_divide divide multiply subtract negative positive square abs absolute exp exp2
+        expm1 log log2 log10 log1p sqrt rsqrt reciprocal sign sin cos tan sinh cosh asin acos
+        atan atan2 erf erfc floor ceil round trunc frac lerp addcmul addcdiv nan_to_num where
+        masked_fill maximum minimum fmax fmin softmax log_softmax softmin normalize dropout
+        dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout
+        contiguous clone detach to type type_as float half bfloat16 double cpu cuda data real
+        requires_grad copy zero fill alias local_response_norm avg_pool1d avg_pool2d avg_pool3d
+        lp_pool1d lp_pool2d lp_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+        adaptive_avg_pool3d interpolate upsample pad expand expand_as flip roll cumsum cumprod
+        """,
+    )
+)
+_POOLS = frozenset(
+    {
+        *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
+        *(F.max_pool1d, F.max_pool2d, F.max_pool3d),
+    }
+)
 
 
 def _dims(values: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
@@ -179,10 +214,16 @@ def _movedim(x: Tensor, axis: int, values: Any, kwargs: Any, out: Tensor) -> int
 
 
 def _reshape(x: Tensor, axis: int, values: Any, kwargs: Any, out: Tensor) -> int | None:
-    """The axis survives where as many elements precede it and it has the same size."""
+    """The axis survives where as many elements precede it and it has the same size.
+
+    In a batch of one, a channel axis that becomes the first would swallow the batch of others.
+    """
     position = axis % x.ndim
     before, size = prod(x.shape[:position]), x.shape[position]
-    fitting = [j for j in range(out.ndim) if prod(out.shape[:j]) == before and out.shape[j] == size]
+    first = min(position, 1)
+    fitting = [
+        j for j in range(first, out.ndim) if prod(out.shape[:j]) == before and out.shape[j] == size
+    ]
     return fitting[0] - out.ndim if len(fitting) == 1 else None
 
 
@@ -201,7 +242,7 @@ def _reduce(x: Tensor, axis: int, values: Any, kwargs: Any, out: Tensor) -> int 
 
 
 def _keep_if_same(x: Tensor, axis: int, values: Any, kwargs: Any, out: Tensor) -> int | None:
-    """Splits, pads, pools, resizes: the number of dimensions stays, and with it the axis."""
+    """Splits and cuts: the number of dimensions stays, and with it the axis."""
     return axis if x.ndim == out.ndim else None
 
 

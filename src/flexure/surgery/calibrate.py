@@ -12,8 +12,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from flexure.calling import call_model, evaluating
+from flexure.calling import call_model, copied, evaluating
 from flexure.contracts import DataError, FlexureError, SiteError
+from flexure.surgery.preserve import preserved
 from flexure.units.unit import CTU
 
 __all__ = ["Calibration", "Match"]
@@ -61,7 +62,11 @@ class Calibration:
         self.model = model
         self.units = units
         self.match = match
-        self.x = _joined(list(inputs))
+        try:
+            batches = list(inputs)
+        except TypeError as error:
+            raise DataError(f"calibration: expected an iterable of batches: {error}") from error
+        self.x = _joined(batches)
         self.targets: dict[str, Moments] = {}
         self._run(self._keep_original)
         idle = [name for name in units if name not in self.targets]
@@ -72,7 +77,17 @@ class Calibration:
         """Chooses every unit's correction for the dial it has now."""
         for unit in self.units.values():
             unit.scale = unit.shift = None
-        self._run(self._correct)
+        found: dict[str, Moments] = {}
+
+        def choose(name: str, unit: CTU, original: Tensor, phi: Tensor) -> Tensor:
+            found[name] = self._correction(name, unit, phi)
+            unit.correct(*found[name])
+            return unit.corrected(phi)
+
+        self._run(choose)
+        # The pass leaves no trace in the model, not even these.
+        for name, correction in found.items():
+            self.units[name].correct(*correction)
 
     def _run(self, visit: Callable[[str, CTU, Tensor, Tensor], Tensor]) -> None:
         handles = []
@@ -80,10 +95,18 @@ class Calibration:
         for name, unit in self.units.items():
             visitor = _Visitor(name, visit, seen)
             handles.append(unit.register_forward_pre_hook(visitor.before, with_kwargs=True))
-            handles.append(unit.register_forward_hook(visitor.after))
+            handles.append(unit.register_forward_hook(visitor.after, with_kwargs=True))
         try:
-            with torch.no_grad(), evaluating(self.model):
-                call_model(self.model, self.x)
+            # The generators restart for each pass, so that random layers, if any, repeat.
+            with torch.no_grad(), preserved(self.model), evaluating(self.model):
+                call_model(self.model, copied(self.x))
+        except FlexureError:
+            raise
+        except Exception as error:
+            raise DataError(
+                "the calibration inputs do not run through the model as one batch: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -95,14 +118,14 @@ class Calibration:
         self.targets[name] = moments
         return original
 
-    def _correct(self, name: str, unit: CTU, original: Tensor, phi: Tensor) -> Tensor:
+    def _correction(self, name: str, unit: CTU, phi: Tensor) -> Moments:
+        """a_k and d_k of one unit."""
         mean, std = _moments(phi, unit)
         target_mean, target_std = self.targets[name]
         scale = torch.ones_like(mean)
         if self.match == "mean+std":
             scale = torch.where(std > 0, target_std / std, scale).clamp(*SCALE_LIMITS)
-        unit.correct(scale, target_mean - scale * mean)
-        return unit.corrected(phi)
+        return scale, target_mean - scale * mean
 
 
 class _Visitor:
@@ -123,16 +146,21 @@ class _Visitor:
                 "correction cannot serve them all; leave it out with where="
             )
         self.seen.add(self.name)
-        params = {key: value for key, value in kwargs.items() if key not in ("x", "inplace")}
-        self.original = unit.reference(args[0], **params)
+        params = {key: value for key, value in kwargs.items() if key not in ("input", "inplace")}
+        self.original = unit.reference(_first(args, kwargs), **params)
 
-    def after(self, unit: Any, args: Any, output: Tensor) -> Tensor:
+    def after(self, unit: Any, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if self.original is None:
             raise SiteError(f"site {self.name!r} ran without its pre-hook")
         new = self.visit(self.name, unit, self.original, output)
         self.original = None
         # An activation in place must leave its result in its input.
-        return output.copy_(new) if output is args[0] else new
+        return output.copy_(new) if output is _first(args, kwargs) else new
+
+
+def _first(args: Any, kwargs: dict[str, Any]) -> Tensor:
+    x: Tensor = args[0] if args else kwargs["input"]
+    return x
 
 
 def _moments(y: Tensor, unit: CTU) -> Moments:
@@ -149,11 +177,17 @@ def _joined(batches: list[Any]) -> Any:
     if not items:
         raise DataError("calibration: expected some unlabelled inputs, got none")
     first = items[0]
-    if isinstance(first, Tensor):
-        return torch.cat(items)
-    if isinstance(first, dict):
-        return {key: _column([item[key] for item in items]) for key in first}
-    return tuple(_column(list(column)) for column in zip(*items, strict=True))
+    kinds = sorted({type(item).__name__ for item in items})
+    if len(kinds) > 1 or not isinstance(first, Tensor | dict | tuple):
+        raise DataError(f"calibration: expected batches of one kind of input, got {kinds}")
+    try:
+        if isinstance(first, Tensor):
+            return torch.cat(items)
+        if isinstance(first, dict):
+            return {key: _column([item[key] for item in items]) for key in first}
+        return tuple(_column(list(column)) for column in zip(*items, strict=True))
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise DataError(f"calibration: the batches do not fit together: {error}") from error
 
 
 def _column(values: list[Any]) -> Any:

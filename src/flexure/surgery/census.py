@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
-from flexure.calling import call_model, evaluating
+from flexure.calling import call_model, copied, evaluating
 from flexure.contracts import Example, SiteError
 from flexure.surgery.preserve import preserved
 from flexure.surgery.sites import Event, Refusal, Site, SiteReport
@@ -32,8 +33,10 @@ def sites(
 ) -> SiteReport:
     """Every activation of `model` that one forward pass of `example` reaches.
 
-    The pass runs in eval mode without gradients. Parameters, buffers, modes and the random
-    generators of Python, NumPy and PyTorch are as before afterwards.
+    What is an activation is known by function and by class: one that is written out in arithmetic
+    (`x * (x > 0)`, `torch.where(x > 0, x, 0)`) is arithmetic. The pass runs in eval mode without
+    gradients. Parameters, buffers, modes and the random generators of Python, NumPy and PyTorch
+    are as before afterwards; lists and dicts that the model changes in place are not.
 
     Args:
         model: any network.
@@ -50,12 +53,15 @@ def sites(
         SiteError: the example does not run through the model, or the model is steered already.
     """
     if any(isinstance(module, CTU) for module in model.modules()):
-        raise SiteError("the model is steered already; set .beta on its Steering, or remove() it")
+        raise SiteError(
+            "the model is steered already; set .beta on its Steering, or "
+            "remove() it (a copy of a steered model stays steered)"
+        )
     watch = Watch(model)
     with preserved(model), evaluating(model), torch.no_grad(), watch.hooks():
         try:
             with watch.dispatch, watch:
-                call_model(model, example)
+                call_model(model, copied(example))
         except Exception as error:
             raise SiteError(_did_not_run(model, example, error)) from error
     return _Report(watch, axis, pooling).build()
@@ -89,7 +95,7 @@ class _Report:
             if any(invocations):
                 self._caller(watch.paths[caller][0], invocations, places)
         for (path, kernel), count in watch.hidden.items():
-            self.refused.append((watch.calls, _hidden(watch.model, path, kernel, count)))
+            self.refused.append((watch.calls, Refusal(path, kernel, _HIDDEN, True, count)))
         unreached = self._unreached()
         named = self._name_axes()
         return SiteReport(
@@ -116,7 +122,7 @@ class _Report:
             again = [calls[index] for calls in invocations if index < len(calls)]
             reason = None if len(signatures) == 1 else "its caller makes other calls each time"
             name = self._add(path, index, again, len(places[id(call.module)]), reason)
-            events += [Event(spec.name, name) for spec, _ in call.events]
+            events += [Event(spec.name, name) for spec, _ in call.events if spec.refusal is None]
         self.events[path] = tuple(events)
 
     def _add(
@@ -133,9 +139,11 @@ class _Report:
             else:
                 spec, params = call.events[0]
         left = spec.optional and not self.pooling
-        reason = spec.refusal or (_LEFT if left else reason or call.unseen)
+        reason = _PARAMETER if self._makes_a_parameter(caller) else reason
+        reason = "; ".join(filter(None, (spec.refusal, call.unseen))) or (_LEFT if left else reason)
         if reason is not None:
             blocking = spec.blocking or (spec.refusal is None and not left)
+            blocking = blocking and reason != _PARAMETER
             refusal = Refusal(name, spec.name, reason, blocking, len(again))
             self.refused.append((call.order, refusal))
             return name
@@ -158,6 +166,14 @@ class _Report:
         self.sites.append((call.order, site))
         return name
 
+    def _makes_a_parameter(self, caller: str) -> bool:
+        """Whether a path lies inside a parametrisation: its output is a weight."""
+        parts = caller.split(".")
+        return any(
+            isinstance(self.watch.model.get_submodule(".".join(parts[:i])), ParametrizationList)
+            for i in range(1, len(parts) + 1)
+        )
+
     def _name_axes(self) -> list[tuple[int, Site]]:
         given = self.axis
         if given is None:
@@ -171,8 +187,13 @@ class _Report:
     def _unreached(self) -> tuple[str, ...]:
         watch = self.watch
         found: list[str] = []
+        scripted: list[str] = []
         for path, module in watch.model.named_modules():
-            if id(module) in watch.reached or isinstance(module, torch.jit.ScriptModule):
+            if isinstance(module, torch.jit.ScriptModule):
+                if not any(path.startswith(f"{outer}.") for outer in scripted):
+                    scripted.append(path)
+                continue
+            if id(module) in watch.reached:
                 continue
             activation = read_module(module)
             if activation is not None:
@@ -182,9 +203,18 @@ class _Report:
                 )
             elif _may_hide(module) and not any(path.startswith(f"{outer}.") for outer in found):
                 found.append(path)
+        self.refused += [
+            (watch.calls + 1, Refusal(path, "TorchScript", _SCRIPTED, True)) for path in scripted
+        ]
         return tuple(found)
 
 
+_HIDDEN = (
+    "called in TorchScript, compiled, quantised or as a raw operator, where Python cannot reach "
+    "it; steer the float nn.Module before converting or exporting it"
+)
+_SCRIPTED = "whatever it calls, Python cannot reach it; use the original nn.Module"
+_PARAMETER = "it makes a parameter: the network's inputs do not pass through it"
 _LEFT = "pools by maximum, a spline of many pieces: pooling=True steers it"
 
 
@@ -193,21 +223,6 @@ def _may_hide(module: nn.Module) -> bool:
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
         return True
     return not type(module).__module__.startswith("torch.nn.")
-
-
-def _hidden(model: nn.Module, path: str, kernel: str, count: int) -> Refusal:
-    scripted = [
-        name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)
-    ]
-    if scripted:
-        reason = "inside TorchScript, which Python cannot reach; use the original nn.Module"
-        path = scripted[0] if path == "" or len(scripted) == 1 else path
-    else:
-        reason = (
-            "called as a compiled, quantised or raw operator, where Python cannot reach it; "
-            "steer the float nn.Module before converting or exporting it"
-        )
-    return Refusal(path, kernel, reason, True, count)
 
 
 def _channels(again: list[Call], axis: int | None) -> int | None:

@@ -5,7 +5,7 @@ Plain frozen data; nothing here runs or changes a network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
@@ -125,15 +125,7 @@ class SiteReport:
                 activations; or, without `where`, a rectifier cannot be reached.
         """
         if where is None:
-            blocking = [refusal for refusal in self.refused if refusal.blocking]
-            if blocking:
-                raise SiteError(
-                    "expected to reach every rectifier, but cannot steer:\n"
-                    + "\n".join(
-                        f"  {r.name or '(model)'}: {r.activation}: {r.reason}" for r in blocking
-                    )
-                    + "\nchange the model, or name the sites to steer with where="
-                )
+            self._check_reached(self.refused)
             chosen = self.sites
         elif callable(where):
             chosen = tuple(site for site in self.sites if where(site))
@@ -141,6 +133,9 @@ class SiteReport:
             patterns = [where] if isinstance(where, str) else list(where)
             for pattern in patterns:
                 self._check_pattern(pattern)
+            self._check_reached(
+                r for r in self.refused if any(fnmatchcase(r.name, p) for p in patterns)
+            )
             chosen = tuple(
                 site for site in self.sites if any(fnmatchcase(site.name, p) for p in patterns)
             )
@@ -203,6 +198,17 @@ class SiteReport:
         lines.append("  ".join("-" * widths[key] for key in header))
         lines += ["  ".join(row[key].ljust(widths[key]) for key in header).rstrip() for row in rows]
         return "\n".join([*lines, self.summary])
+
+    def _check_reached(self, refusals: Iterable[Refusal]) -> None:
+        blocking = [refusal for refusal in refusals if refusal.blocking]
+        if blocking:
+            listed = "\n".join(
+                f"  {r.name or '(model)'}: {r.activation}: {r.reason}" for r in blocking
+            )
+            raise SiteError(
+                f"expected to reach every rectifier, but cannot steer:\n{listed}\n"
+                "change the model, or name other sites to steer with where="
+            )
 
     def _check_pattern(self, pattern: str) -> None:
         if any(fnmatchcase(site.name, pattern) for site in self.sites):

@@ -65,6 +65,7 @@ class Watch(TorchFunctionMode):
         self.hidden: dict[tuple[str, str], int] = defaultdict(int)
         self.calls = 0
         self.busy = False
+        self.function: Any = None
         self.dispatch = _Completeness(self)
 
     def path(self, module: nn.Module) -> str:
@@ -90,7 +91,9 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         found = read_call(func, args, kwargs)
         if found is None:
+            before, self.function = self.function, func
             out = func(*args, **kwargs)
+            self.function = before
         else:
             spec, call = found
             self._record(spec, dict(call.params), call.x, call.inplace)
@@ -151,10 +154,27 @@ class _Completeness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         watch = self.watch
         kernel = func.overloadpacket.__name__.rstrip("_")
-        hidden = kernel in _KERNELS or func.namespace == "quantized"
-        if hidden and not watch.busy and watch.stack[-1].activation is None:
+        hidden = kernel in _KERNELS or func.namespace == "quantized" or _from_zero(kernel, args)
+        # A function that Python sees and the catalogue does not name is no activation, whatever
+        # it is made of. Raw operators and TorchScript are not such functions.
+        named = watch.function is not None and not isinstance(watch.function, OPERATORS)
+        if hidden and not named and not watch.busy and watch.stack[-1].activation is None:
             watch.hidden[watch.path(watch.stack[-1].module), kernel] += 1
         return func(*args, **(kwargs or {}))
+
+
+OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+
+
+def _from_zero(kernel: str, args: Any) -> bool:
+    """Whether a kernel clamps floating-point numbers from the constant 0."""
+    return (
+        kernel in ("clamp", "clamp_min")
+        and args[0].is_floating_point()
+        and len(args) > 1
+        and not isinstance(args[1], Tensor)
+        and args[1] == 0
+    )
 
 
 _KERNELS = frozenset(

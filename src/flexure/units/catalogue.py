@@ -28,22 +28,30 @@ from flexure.units.spec import (
     read_first,
     read_hardtanh,
     read_leaky,
-    read_maximum,
     read_pool,
     read_threshold,
+    read_zero_bound,
 )
 
 __all__ = ["CATALOGUE", "SPECS", "over_axis_one", "read_call", "read_module"]
 
 
 def read_call(
-    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, refused: bool = True
 ) -> tuple[UnitSpec, ActivationCall] | None:
-    """The row and the arguments of a function call, or None if it is no known activation."""
+    """The row and the arguments of a function call, or None if it is no known activation.
+
+    Args:
+        func: the function.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        refused: whether rows that are not steered count; their readers may look at values.
+    """
     for spec, reader in _BY_FUNCTION.get(func, ()):
-        call = reader(*args, **kwargs)
-        if call is not None:
-            return spec, call
+        if refused or spec.refusal is None:
+            call = reader(*args, **kwargs)
+            if call is not None and call.x.is_floating_point():
+                return spec, call
     return None
 
 
@@ -51,8 +59,11 @@ def read_module(module: nn.Module) -> tuple[UnitSpec, dict[str, Any]] | None:
     """The row and the parameters of a module, or None if it is no known activation.
 
     A subclass counts as its parent only where it inherits the parent's `forward`: what another
-    `forward` calls is found there, call by call.
+    `forward` calls is found there, call by call. So is what a parametrised module calls, whose
+    parameters are computed anew each time.
     """
+    if hasattr(module, "parametrizations"):
+        return None
     for cls in type(module).__mro__:
         if not issubclass(cls, nn.Module):
             continue
@@ -168,8 +179,6 @@ CATALOGUE: tuple[UnitSpec, ...] = (
             **dict.fromkeys((torch.clip_, torch.Tensor.clip_), read_clamp(overwrite=True)),
             torch.clamp_min_: read_clamp(overwrite=True),
             torch.Tensor.clamp_min_: read_clamp(overwrite=True),
-            torch.maximum: read_maximum,
-            torch.Tensor.maximum: read_maximum,
             F.relu6: read(lambda: {"cap": 6.0}),
             F.hardtanh: read_hardtanh(),
             F.hardtanh_: read_hardtanh(overwrite=True),
@@ -292,6 +301,20 @@ CATALOGUE: tuple[UnitSpec, ...] = (
         classes=(nn.RReLU,),
         blocking=True,
     ),
+    UnitSpec(
+        "zero_bound",
+        functions=dict.fromkeys(
+            (
+                *(torch.max, torch.Tensor.max, torch.maximum, torch.Tensor.maximum),
+                *(torch.fmax, torch.Tensor.fmax, torch.logaddexp, torch.Tensor.logaddexp),
+                *(torch.clamp, torch.Tensor.clamp, torch.clip, torch.Tensor.clip),
+                *(torch.clamp_min, torch.Tensor.clamp_min),
+            ),
+            read_zero_bound,
+        ),
+        refusal="a rectifier by way of a zero tensor or out=; write torch.relu(x) or F.softplus(x)",
+        blocking=True,
+    ),
     _refused(
         "rnn_relu",
         "fused into the recurrence; write the recurrence out with nn.Linear and nn.ReLU",
@@ -337,8 +360,10 @@ CATALOGUE: tuple[UnitSpec, ...] = (
         torch.Tensor.sigmoid,
         torch.Tensor.sigmoid_,
         F.sigmoid,
+        torch.special.expit,
         classes=(nn.Sigmoid,),
     ),
+    _refused("erf", "perhaps a GELU by hand: nn.GELU can be steered", torch.erf, torch.Tensor.erf),
     _refused("glu", "gated by a sigmoid, which is bounded", F.glu, classes=(nn.GLU,)),
     _refused("lstm", "gated by sigmoid and tanh, which are bounded", torch.lstm, torch.lstm_cell),
     _refused("gru", "gated by sigmoid and tanh, which are bounded", torch.gru, torch.gru_cell),

@@ -26,9 +26,9 @@ __all__ = [
     "read_first",
     "read_hardtanh",
     "read_leaky",
-    "read_maximum",
     "read_pool",
     "read_threshold",
+    "read_zero_bound",
 ]
 
 Form: TypeAlias = Literal["relu", "leaky", "capped", "pool"]
@@ -163,11 +163,21 @@ def read_leaky(overwrite: bool = False) -> Reader:
     return read(lambda negative_slope: {"slope": negative_slope}, overwrite, negative_slope=0.01)
 
 
-def read_maximum(input: Tensor, other: Tensor, **kwargs: Any) -> ActivationCall | None:
-    """`maximum(x, 0)`, where the zero is a one-element constant."""
-    for x, zero in ((input, other), (other, input)):
-        if zero.numel() == 1 < x.numel() and not zero.requires_grad and not bool(zero.any()):
-            return None if kwargs else ActivationCall(x, {"cap": None}, inplace=False)
+def read_zero_bound(*args: Any, **kwargs: Any) -> ActivationCall | None:
+    """Reads `maximum(x, 0)` and its kin where the zero is a tensor, or the result goes to `out=`.
+
+    Looks at values, so it serves the census alone.
+    """
+    bounds = [*args[1:2], *(kwargs[name] for name in ("other", "min") if name in kwargs)]
+    for bound in bounds:
+        for x, zero in ((args[0] if args else kwargs["input"], bound), (bound, args and args[0])):
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                continue
+            if isinstance(zero, Tensor) and zero.is_floating_point():
+                if not zero.requires_grad and not bool(zero.any()) and bool(x.any()):
+                    return ActivationCall(x, {}, inplace=False)
+            elif kwargs.get("out") is not None and not isinstance(zero, Tensor) and zero == 0:
+                return ActivationCall(x, {}, inplace=False)
     return None
 
 

@@ -7,7 +7,7 @@ or tensors and parameters with one value a channel. The mathematics is in `funct
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +72,9 @@ class CTU(nn.Module):
         if isinstance(slope, nn.Parameter):
             del self.params["slope"]
             self.weight = slope
-        self.register_buffer("scale", None)
-        self.register_buffer("shift", None)
+        # Not persistent: a checkpoint of the plain model must still load, strictly.
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("shift", None, persistent=False)
         self.dial(beta, c)
 
     def dial(self, beta: float | Tensor, c: float | Tensor | str) -> None:
@@ -100,17 +101,18 @@ class CTU(nn.Module):
         scale, shift = self._over(self.scale, phi), self._over(self.shift, phi)
         return torch.addcmul(shift, phi.to(shift.dtype), scale).to(phi.dtype)
 
-    def forward(self, x: Tensor, inplace: bool | None = None, **params: Any) -> Tensor:
-        """The unit's output, of `x`'s shape and dtype; `x` itself where in place.
+    def forward(self, input: Tensor, inplace: bool | None = None, **params: Any) -> Tensor:
+        """The unit's output, of the input's shape and dtype; the input itself where in place.
 
         Args:
-            x: any shape that has the site's channels on its axis.
+            input: any shape that has the site's channels on its axis.
             inplace: overrides the unit's own setting, for a routed call.
             params: override the unit's own, for a routed call.
 
         Raises:
-            SiteError: `x` has another number of channels than the site had when it was found.
+            SiteError: the input has another number of channels than the site had when it was found.
         """
+        x = input
         self._check(x)
         inplace = self.inplace if inplace is None else inplace
         params = params or self.params
@@ -127,7 +129,9 @@ class CTU(nn.Module):
         params = dict(params or self.params)
         if "weight" in self._parameters:
             params["slope"] = self.weight
-        return original(x, **params)
+        # The functions of the catalogue must not be taken for a call of the network's own.
+        with torch._C.DisableTorchFunction():
+            return original(x, **params)
 
     def extra_repr(self) -> str:
         """Activation and dial, as in the site report."""
@@ -192,35 +196,47 @@ def _rectified(unit: CTU, x: Tensor, inplace: bool, params: Mapping[str, Any]) -
 
 def _leaky(unit: CTU, x: Tensor, inplace: bool, params: Mapping[str, Any]) -> Tensor:
     slope = unit.weight if "weight" in unit._parameters else params["slope"]
+    wide = _wide(x)
     # max(x, slope·x) for slope <= 1, min(x, slope·x) beyond: one mirror image of the other.
     sign: float | Tensor
     if isinstance(slope, Tensor):
-        slope = over_axis_one(slope, x).to(x.dtype)
-        sign = torch.where(slope > 1, -1.0, 1.0).to(x.dtype)
+        slope = over_axis_one(slope, x).to(wide.dtype)
+        sign = torch.where(slope > 1, -1.0, 1.0).to(wide.dtype)
     else:
         sign = -1.0 if slope > 1 else 1.0
-    y: Tensor = slope * x + sign * unit.phi(sign * (1 - slope) * x)
+    y = (slope * wide + sign * unit.phi(sign * (1 - slope) * wide)).to(x.dtype)
     return x.copy_(y) if inplace else y
+
+
+def _wide(x: Tensor, *, copy: bool = False) -> Tensor:
+    """`x` in float32 or wider, where sums of CTUs are taken."""
+    return x.to(torch.promote_types(x.dtype, torch.float32), copy=copy)
 
 
 def _capped(unit: CTU, x: Tensor, inplace: bool, params: Mapping[str, Any]) -> Tensor:
     cap = params["cap"]
     if cap is None:
         return unit.phi(x, inplace=inplace)
-    # In place, backward must still find the input that was overwritten.
-    source = x.clone() if inplace else x
-    y = unit.phi(source) - unit.phi(source - cap)
+    # CTU(x) − CTU(x−cap) cancels for large x. It is symmetric about (cap/2, cap/2), since
+    # CTU(v) − CTU(−v) = v: the lower half serves both. In place, backward must find the input.
+    wide = _wide(x, copy=inplace)
+    upper = wide > cap / 2
+    v = torch.where(upper, cap - wide, wide)
+    half = unit.phi(v) - unit.phi(v - cap)
+    y = torch.where(upper, cap - half, half).to(x.dtype)
     return x.copy_(y) if inplace else y
 
 
 def _pooled(unit: CTU, x: Tensor, inplace: bool, params: Mapping[str, Any]) -> Tensor:
-    if unit.beta == 1 and isinstance(unit.beta, float):
-        return unit.reference(x, **params)
     spatial = _SPATIAL[unit.activation]
     kernel, stride, padding = (
         tuple(value) if isinstance(value, (tuple, list)) else (value,) * spatial
         for value in (params["kernel_size"], params["stride"], params["padding"])
     )
+    if not isinstance(unit.beta, Tensor) and unit.beta == 1:
+        # The kernel itself: exact in the gradient too, and invisible to function modes.
+        pool = getattr(torch.ops.aten, unit.activation).default
+        return cast(Tensor, pool(x, kernel, stride, padding, (1,) * spatial, params["ceil_mode"]))
     return max_pool_ctu(
         x,
         unit._over(unit.beta, x),
