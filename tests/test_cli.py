@@ -37,6 +37,29 @@ class Slowly(nn.Module):
 def slow():
     return nn.Sequential(Slowly(), small())
 
+def chatty():
+    print("made")
+
+    class Chatty(nn.Module):
+        def forward(self, x):
+            print("ran")
+            return x
+
+    return nn.Sequential(Chatty(), small())
+
+class Ending(nn.Module):
+    def forward(self, x):
+        raise SystemExit(0)
+
+def ending():
+    return nn.Sequential(Ending(), nn.ReLU())
+
+def cells():
+    return small(), cell
+
+def cell(image):
+    raise ValueError("one channel only")
+
 def tanh():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 5))
 """
@@ -142,7 +165,6 @@ def _labels(path: Path) -> str:
 
 
 MISTAKES = {
-    "no command": ([], "command"),
     "unknown command": (["stear"], "No such command"),
     "unknown option": (["demo", "--fast"], "No such option"),
     "unknown model": (["sites", "nothing:at-all"], "flexure:, hf:"),
@@ -161,6 +183,17 @@ MISTAKES = {
     "no such site": (["--where", "layer9.*"], "layer9"),
     "too many samples": (["--train-size", "99999"], "99999"),
     "device": (["--device", "tpu9"], "tpu9"),
+    "device that keeps data": (["--device", "meta"], "meta"),
+    "device that is no module": (["--device", "hpu"], "hpu"),
+    "beta infinite": (["--betas", "0.7:inf:0.1"], "--betas"),
+    "beta nan": (["--betas", "0.7,nan"], "--betas"),
+    "betas of two": (["--betas", "0.7:0.8"], "--betas"),
+    "too many betas": (["--betas", "0:1:1e-7"], "at most 10,000"),
+    "negative shape": (["sites", "{model}", "--input-shape=-3,4"], "--input-shape"),
+    "huge shape": (["sites", "{model}", "--input-shape", "9" * 30], "--input-shape"),
+    "shape missing": (["sites", "{model}"], "give --data or --input-shape"),
+    "no image": (["sites", "{folder}/models.py:cells"], "give --data or --input-shape"),
+    "model that ends": (["sites", "{folder}/models.py:ending"], "SystemExit"),
     "unwritable": (["--out", "{file}/out"], "out"),
 }
 
@@ -179,8 +212,6 @@ def test_mistakes_are_one_line_and_exit_2(name: str, model: str, tmp_path, capsy
     }
     code, _, err = run(*(str(a).format(**places) for a in arguments), capsys=capsys)
     assert code == 2
-    if name == "no command":
-        return  # the help, which is many lines
     assert err.startswith("flexure: ")
     assert err.count("\n") == 1
     assert expected in err
@@ -205,6 +236,102 @@ def test_nothing_to_steer_is_a_mistake(model: str, tmp_path, capsys) -> None:
     assert "tanh: bounded on both sides" in err
 
 
+def test_no_arguments_print_the_help_and_nothing_else(capsys) -> None:
+    code, out, err = run(capsys=capsys)
+    assert (code, err) == (2, "")
+    assert all(word in out for word in ("Usage", "sites", "steer", "demo"))
+
+
+def test_what_a_model_prints_is_kept_out_of_the_json(model: str, tmp_path, capsys) -> None:
+    model = model.replace("small", "chatty")
+    code, out, err = run("sites", model, "--data", "sklearn:digits", "--json", capsys=capsys)
+    assert code == 0
+    assert len(json.loads(out)["sites"]) == 2
+    assert {"made", "ran"} <= set(err.splitlines())
+    arguments = ["steer", model, "--data", "sklearn:digits", *FAST, "--out", str(tmp_path / "a")]
+    code, out, err = run(*arguments, "--json", capsys=capsys)
+    assert code == 0
+    assert json.loads(out)["numbers"]["samples"]["train"] == 300
+    assert {"made", "ran"} <= set(err.splitlines())
+
+
+def test_steer_deletes_only_what_it_wrote(model: str, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    mine = [out / "search" / "thesis.txt", out / ".flexure-search" / "notes.txt"]
+    for path in mine:
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+    left_over = out / ".flexure-search" / ".0.5.safetensors.1-2.tmp"
+    left_over.write_text("half of a file")
+    code, _, err = run(
+        "steer", model, "--data", "sklearn:digits", *FAST, "--out", str(out), capsys=capsys
+    )
+    assert (code, err) == (0, "")
+    assert [path.read_text() for path in mine] == ["mine", "mine"]
+    assert [path.name for path in (out / ".flexure-search").iterdir()] == ["notes.txt"]
+
+
+def test_an_unfinished_search_is_not_overwritten(
+    model: str, tmp_path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "out" / ".flexure-search"
+    store.mkdir(parents=True)
+    (store / "a.safetensors").write_text("hours of work")
+    monkeypatch.setattr("flexure.cli.load_model", lambda address: pytest.fail("work was begun"))
+    arguments = ["steer", model, "--data", "sklearn:digits", *FAST, "--out", str(store.parent)]
+    code, _, err = run(*arguments, capsys=capsys)
+    assert code == 2
+    assert "holds an unfinished search; add --resume to continue it, or choose another" in err
+    assert (store / "a.safetensors").read_text() == "hours of work"
+
+
+@pytest.mark.parametrize("command", ["sites", "steer", "demo"])
+def test_only_steer_speaks_of_resuming(
+    command: str, model: str, tmp_path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments, **more):
+        raise KeyboardInterrupt
+
+    for name in ("find_sites", "search_beta"):
+        monkeypatch.setattr(f"flexure.cli.{name}", interrupt)
+    monkeypatch.setattr("flexure.recipes.demo.run", interrupt)
+    arguments = {
+        "sites": [model, "--data", "sklearn:digits"],
+        "steer": [model, "--data", "sklearn:digits", "--out", str(tmp_path / "out")],
+        "demo": ["--out", str(tmp_path / "out")],
+    }
+    code, _, err = run(command, *arguments[command], capsys=capsys)
+    advice = "; what is finished is kept, --resume continues it" if command == "steer" else ""
+    assert (code, err) == (130, f"flexure: interrupted{advice}\n")
+
+
+def test_the_default_grid_is_the_librarys(
+    model: str, tmp_path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexure.cli.BETAS", (0.25,))
+    arguments = ["steer", model, "--data", "sklearn:digits", *FAST[2:], "--json"]
+    _, text, _ = run(*arguments, "--out", str(tmp_path / "out"), capsys=capsys)
+    results = json.loads(text)
+    assert results["config"]["betas"] == [0.25]
+    assert [setting["beta"] for setting in results["numbers"]["settings"]] == [0.25, 1.0]
+
+
+def test_the_demo_takes_a_seed(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexure.recipes import demo
+
+    asked = []
+
+    def run_demo(config, out, *, progress):
+        asked.append((config, progress))
+        return demo.Summary(("found",), out / "results.json", out / "report.html", 0.0, {})
+
+    monkeypatch.setattr(demo, "run", run_demo)
+    for arguments in ([], ["--seed", "7"]):
+        assert run("demo", "--out", str(tmp_path), *arguments, capsys=capsys)[0] == 0
+    assert [config for config, _ in asked] == [demo.Config.small(), demo.Config.small(seed=7)]
+    assert [progress for _, progress in asked] == [None, None]  # stderr is no terminal here
+
+
 def test_version_and_module(capsys) -> None:
     assert run("--version", capsys=capsys)[:2] == (0, f"{flexure.__version__}\n")
     done = subprocess.run(
@@ -220,7 +347,7 @@ def test_interrupted_and_resumed_equals_undisturbed(model: str, tmp_path) -> Non
     betas = ",".join(f"{0.5 + 0.01 * i:.2f}" for i in range(12))
     command = [sys.executable, "-m", "flexure", "steer", model, "--data", "sklearn:digits"]
     command += ["--betas", betas, "--out"]
-    store = tmp_path / "cut" / "search"
+    store = tmp_path / "cut" / ".flexure-search"
     process = subprocess.Popen(
         [*command, str(tmp_path / "cut")],
         stderr=subprocess.PIPE,
@@ -240,6 +367,7 @@ def test_interrupted_and_resumed_equals_undisturbed(model: str, tmp_path) -> Non
     assert len(kept) >= 3
     subprocess.run([*command, str(tmp_path / "cut"), "--resume"], check=True, env=environment)
     subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment)
+    assert not store.exists()
     numbers = []
     for name in ("cut", "whole"):
         found = json.loads((tmp_path / name / "results.json").read_text())["numbers"]
