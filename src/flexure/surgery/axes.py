@@ -56,7 +56,9 @@ class ChannelAxes:
                 continue
             if constant:
                 self._weights[output] = True
-            axis = self._axis(func, args, kwargs, inputs, output)
+            # Of several outputs (attention and its weights) the first is the layer's.
+            first = output is outputs[0] or getattr(func, "__name__", "") not in _PRODUCERS
+            axis = self._axis(func, args, kwargs, inputs, output) if first else None
             # In place, the output is the input: what was known of it may no longer hold.
             if axis is None:
                 self._axes.pop(output, None)

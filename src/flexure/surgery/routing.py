@@ -174,6 +174,7 @@ class Enter:
         self.strict = strict
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        """Begins a run of the caller."""
         frame = Frame(self.caller, self.calls, self.strict)
         if not torch.compiler.is_compiling():
             frame.anchor = sys._getframe(1)
@@ -191,6 +192,7 @@ class Leave:
         self.caller = caller
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Ends it, and checks that it made every call that the example showed."""
         frame = _top_frame()
         # A pre-hook of the user's that raised before ours has left no frame of this caller.
         if frame is None or frame.caller != self.caller:
@@ -211,6 +213,7 @@ class Guard:
         self.path = path
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        """Raises."""
         raise SiteError(
             f"module {self.path!r} was not reached by the example, so its activations are not "
             f"known; {_REMEDY}"

@@ -157,7 +157,9 @@ class _Completeness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         hidden = kernel in _KERNELS or func.namespace == "quantized" or _from_zero(kernel, args)
         # A function that Python sees and the catalogue does not name is no activation, whatever
         # it is made of. Raw operators and TorchScript are not such functions.
-        named = watch.function is not None and not isinstance(watch.function, OPERATORS)
+        function = watch.function
+        bare = getattr(function, "__name__", "").rstrip("_") in _KERNELS
+        named = function is not None and not isinstance(function, OPERATORS) and not bare
         if hidden and not named and not watch.busy and watch.stack[-1].activation is None:
             watch.hidden[watch.path(watch.stack[-1].module), kernel] += 1
         return func(*args, **(kwargs or {}))
