@@ -135,9 +135,9 @@ INLINE float slope(float x, float g, dials d, terms m) {
     float bend = __builtin_copysignf((m.t * LN2) * m.p * m.r, x);
     float gated = x > 0.0f ? m.r : m.p;
     float soft = x > 0.0f ? m.q : m.w;
-    float at_zero = d.least > 0.0f ? 0.0f : soft;
-    soft = x == 0.0f ? at_zero : soft;
-    return g * (soft + d.c * ((gated + bend) - soft));
+    float mixed = g * (soft + d.c * ((gated + bend) - soft));
+    float step = x > 0.0f ? g : 0.0f;
+    return d.least > 0.0f ? step : mixed;
 }
 
 INLINE products products_of(float g, terms m) {
