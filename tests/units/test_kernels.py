@@ -217,6 +217,16 @@ def test_only_float32_is_served(kernel: None, dtype: torch.dtype) -> None:
     assert not calls.serves(torch.ones(3, device="meta"))
 
 
+def test_many_threads_of_torch_are_not_replaced_by_one(
+    kernel: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    assert calls.serves(torch.ones(calls.SMALL))
+    assert not calls.serves(torch.ones(calls.SMALL + 1))
+    monkeypatch.setattr(calls, "PER_THREAD", calls.SMALL // 16)
+    assert calls.serves(torch.ones(calls.SMALL + 1))
+
+
 def test_a_dispatch_mode_sees_the_pure_path(kernel: None) -> None:
     class Counts(TorchDispatchMode):
         seen = 0

@@ -27,8 +27,13 @@ LEAST_EXPONENT = -100.0
 SUMS = 4
 # Coefficients that vary by column are repeated until their period is at least this long.
 SHORTEST_PERIOD = 512
-# Elements worth a thread of their own: starting one costs about as much as 50 000 of them.
-PER_THREAD = 1 << 18
+# Elements worth a thread of their own. Threads of Python compete with those of torch, which spin for
+# milliseconds after each of its passes: below this, one thread alone was faster on two cores.
+PER_THREAD = 1 << 22
+# One thread here is as fast as about three in pure Python, which has all of torch's threads for
+# tensors of more elements than the second number.
+AS_FAST_AS_THREADS = 2
+SMALL = 1 << 16
 
 
 class Coefficients(Protocol):
@@ -67,11 +72,12 @@ class Sums:
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether a kernel is loaded and may read the memory of these dense tensors as floats."""
+    """Whether a kernel is loaded, can read the memory of these dense tensors, and is the faster."""
     return (
         load() is not None
         and torch._C._len_torch_dispatch_stack() == 0  # a mode would not see what a kernel does
         and all(map(_is_memory, tensors))
+        and _pays(tensors[0].numel())
     )
 
 
@@ -205,6 +211,13 @@ def _is_memory(t: Tensor) -> bool:
         and not t.is_neg()
         and not t._is_zerotensor()
     )
+
+
+def _pays(elements: int) -> bool:
+    """Whether the kernel is faster than torch's threads."""
+    threads = torch.get_num_threads()
+    few = threads <= AS_FAST_AS_THREADS or elements <= SMALL
+    return few or elements // threads >= PER_THREAD
 
 
 def _each(run: Callable[[int, int, int], None], pieces: list[tuple[int, int]]) -> None:

@@ -227,12 +227,15 @@ EXPORT void flexure_ctu_rows(
 EXPORT void flexure_ctu_columns(
     const float *x, float *y, int64_t n, const float *k, int64_t width
 ) {
-    for (int64_t start = 0; start < n; start += width) {
-        int64_t here = n - start < width ? n - start : width;
-        const float *xs = x + start;
-        float *ys = y + start;
+    for (int64_t first = 0; first < width; first += TILE) {
+        int64_t columns = width - first < TILE ? width - first : TILE;
+        for (int64_t start = first; start < n; start += width) {
+            int64_t here = n - start < columns ? n - start : columns;
+            const float *xs = x + start, *ks = k + first;
+            float *ys = y + start;
 #pragma omp simd
-        for (int64_t i = 0; i < here; i++) ys[i] = value(xs[i], read_dials(k, width, i));
+            for (int64_t i = 0; i < here; i++) ys[i] = value(xs[i], read_dials(ks, width, i));
+        }
     }
 }
 
