@@ -27,8 +27,8 @@ LEAST_EXPONENT = -100.0
 SUMS = 4
 # Coefficients that vary by column are repeated until their period is at least this long.
 SHORTEST_PERIOD = 512
-# Elements worth a thread of their own. Threads of Python compete with those of torch, which spin for
-# milliseconds after each of its passes: below this, one thread alone was faster on two cores.
+# Elements worth a thread of their own. Threads of Python compete with those of torch, which spin
+# for milliseconds after each pass: below this, one thread alone was faster on two cores.
 PER_THREAD = 1 << 22
 # One thread here is as fast as about three in pure Python, which has all of torch's threads for
 # tensors of more elements than the second number.
