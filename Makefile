@@ -2,16 +2,21 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Optional: without a C compiler everything runs in pure Python.
+KERNELS = $(BIN)/python -m flexure.units.kernels >/dev/null 2>&1 || true
 
 .PHONY: demo test test-all lint bench clean
 
 demo: $(VENV)/.installed
+	@$(KERNELS)
 	$(BIN)/flexure demo
 
 test: $(VENV)/.installed-dev
+	@$(KERNELS)
 	$(BIN)/python -m pytest
 
 test-all: $(VENV)/.installed-dev
+	@$(KERNELS)
 	$(BIN)/python -m pytest -m ""
 
 lint: $(VENV)/.installed-dev
@@ -20,6 +25,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev
+	@$(KERNELS)
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:

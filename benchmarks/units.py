@@ -7,10 +7,12 @@ with one thread (other processes do not disturb it) and of wall time with severa
 
 What memory the allocator has kept decides much. Where the published expression's temporaries must
 be mapped afresh (`faults`: thousands of pages a call) it takes two to ten times as long. Where a
-small shape finds all of them in the heap, the transcendental functions themselves bound the ratio:
-a fused kernel by `torch.compile` is no faster there.
+small shape finds all of them in the heap, torch's own transcendental functions bound the ratio that
+the pure path can reach.
 
-    python benchmarks/units.py --threads 1 2
+    python -m flexure.units.kernels && python benchmarks/units.py --threads 1 2
+
+`--no-kernels` measures the pure path.
 
 Targets: forward + backward at most 0.6 of the published time with shared dials and 0.7 per
 channel, and at most 0.6 without gradients.
@@ -19,6 +21,7 @@ channel, and at most 0.6 without gradients.
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import statistics
 import time
@@ -29,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexure.units.functional import ctu
+from flexure.units.kernels import load
 
 SHAPES = ((32, 64, 56, 56), (128, 64, 32, 32), (64, 197, 3072), (256, 4096))
 TARGETS = {"shared": 0.6, "per channel": 0.7, "no grad": 0.6}
@@ -114,12 +118,21 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
+def kernel_in_use() -> str:
+    library = load()
+    return library._name if library else "not in use (python -m flexure.units.kernels builds it)"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--seconds", type=float, default=4.0, help="per case")
     parser.add_argument("--shapes", nargs="+", default=["x".join(map(str, s)) for s in SHAPES])
+    parser.add_argument("--no-kernels", action="store_true", help="pure Python throughout")
     options = parser.parse_args()
+    if options.no_kernels:
+        os.environ["FLEXURE_KERNELS"] = "0"
+    print(f"compiled kernel: {kernel_in_use()}")
     missed = 0
     for threads in options.threads:
         torch.set_num_threads(threads)

@@ -5,7 +5,8 @@ of the size of the tensor is allocated except the result. Values come from the e
 
     phi = relu(x) - c|x|·sigmoid(-beta·t) + (1-c)(1-beta)·log1p(e^-t),  t = |x|/(1-beta),
 
-which cannot overflow. Nothing here is seen by autograd: `functional.py` wraps it.
+which cannot overflow. Nothing here is seen by autograd: `functional.py` wraps it. Where a compiled
+kernel is loaded (`kernels/`), it does the same to `ctu` on float32 CPU tensors, in one pass.
 
 How a tensor and its dials are laid out in blocks lives in `layout.py`, formulas that autograd can
 differentiate in `plain.py`.
@@ -21,15 +22,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from flexure.units.kernels import calls
 from flexure.units.layout import Layout, Totals, dense, widest
 from flexure.units.plain import LN2, SOFTPLUS_THRESHOLD, Dial, working_dtype
 
-__all__ = [
-    "centered_softplus",
-    "centered_softplus_gradients",
-    "ctu",
-    "ctu_gradients",
-]
+__all__ = ["centered_softplus", "centered_softplus_gradients", "ctu", "ctu_gradients"]
 
 # Stands for 1-beta where that is 0; those elements are overwritten with exact ReLU.
 NO_WIDTH = 1e-30
@@ -80,8 +77,12 @@ def ctu_gradients(
     x = dense(x)
     layout = Layout.of(x, _tensors(beta, c))
     k = _coefficients(layout, beta, c, working_dtype(x))
-    totals = Totals(layout, 4, working_dtype(x))
-    by_x = _sweep(_ctu_backward, _ctu_sums, grad, x, layout, k, totals, needs)
+    totals: Totals | calls.Sums
+    if calls.serves(x, grad):
+        by_x, totals = calls.backward(grad, x, layout, k, needs)
+    else:
+        totals = Totals(layout, 4, working_dtype(x))
+        by_x = _sweep(_ctu_backward, _ctu_sums, grad, x, layout, k, totals, needs)
     # In the notation of _ctu_sums, with sums taken over everything that shares a dial's value.
     b, mix = _wide(layout, beta), _wide(layout, c)
     width = 1.0 - b
@@ -163,7 +164,9 @@ def _map(
 ) -> Tensor:
     """Runs `kernel` over the blocks of `source`, a dense `x`; in the working dtype."""
     target = source if inplace else torch.empty_like(source)
-    if source.numel():
+    if isinstance(k, _Coefficients) and calls.serves(source):
+        calls.values(source, target, layout, k)
+    elif source.numel():
         dtype = working_dtype(x)
         cast = x.dtype != dtype
         buffers = layout.buffers(2 + cast + (cast or inplace), dtype)

@@ -123,6 +123,8 @@ class Layout:
         """A dial as `(rows, 1)`, `(1, columns)` or `()`: it broadcasts against `view`."""
         if dial.numel() == 1:
             return dial.reshape(())
+        if self.varies is None:  # an axis without channels
+            return dial.reshape(-1)
         rank = len(self.order)
         dial = dial.reshape((1,) * (rank - dial.dim()) + dial.shape).permute(self.order)
         if self.varies == "row":
@@ -133,6 +135,8 @@ class Layout:
 
     def gather(self, sums: Tensor, dial: Tensor) -> Tensor:
         """The transpose of `spread`: sums per row or column, summed to the shape of `dial`."""
+        if dial.numel() == 0:
+            return sums.new_zeros(dial.shape)
         if self.varies is None or dial.numel() == 1:
             return sums.sum().reshape(dial.shape)
         rank = len(self.order)
