@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from flexure.contracts import DataError, FlexureError
 from flexure.methods import probe as probe_module
-from flexure.methods.logistic import minimise, with_ones
-from flexure.methods.probe import Probe, fit_probes, fit_published_probes
+from flexure.methods.logistic import minimise, solve, with_ones
+from flexure.methods.probe import RIDGES, Probe, fit_probes, fit_published_probes
 from tests.reference.probe import train_sequentially
 
 CLASSES = 4
@@ -79,6 +79,37 @@ def test_a_fit_that_is_cut_short_says_so() -> None:
     cut = fit_probes(train, y, val_features=val, val_labels=y_val, max_iterations=1)
     assert all(probe.converged for probe in good)
     assert not any(probe.converged for probe in cut)
+
+
+@pytest.mark.parametrize("ridge", RIDGES)
+def test_the_default_call_is_within_a_per_cent_of_a_tight_float64_solution(ridge: float) -> None:
+    """Where the data leave many directions to the ridge alone: more features than samples."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(300, 300, generator=generator)
+    x, y = torch.randn(100, 300, generator=generator) @ mix, torch.arange(100) % 5
+    x[torch.arange(100), y] += 20
+    (probe,) = fit_probes([x], y, val_features=[x], val_labels=y, ridges=[ridge])
+    z, mean = x.double(), x.double().mean(0)
+    scale = z.std(0, correction=0)
+    z = (z - mean) / scale.clamp_min(0.1 * float(scale.square().mean().sqrt()))
+    start = torch.zeros(1, 5, 301, dtype=torch.float64)
+    tight = minimise(with_ones(z[None]), y, ridge=ridge, start=start, tolerance=1e-10)
+    assert probe.converged
+    assert tight.converged.all()
+    raw = tight.theta[0, :, :-1] / scale.clamp_min(0.1 * float(scale.square().mean().sqrt()))
+    assert (probe.weight.double() - raw).norm() < 0.01 * raw.norm()
+
+
+def test_float64_takes_the_steps_that_float32_cannot() -> None:
+    train, y = problem(200)
+    probes = fit_probes(train, y, val_features=train, val_labels=y, tolerance=1e-7)
+    assert all(probe.converged for probe in probes)
+    x = torch.stack([with_ones(standardised(t)[0]) for t in train])
+    start = torch.zeros(3, CLASSES, 13)
+    alone = minimise(x, y, ridge=1e-4, start=start, tolerance=1e-8)
+    _, converged = solve(x, y, ridge=1e-4, start=start, tolerance=1e-8, max_iterations=100)
+    assert not alone.converged.all()
+    assert converged.all()
 
 
 def test_ridge_is_chosen_on_validation_data_as_scikit_learn_would() -> None:
@@ -204,6 +235,15 @@ def test_published_probes_equal_sequential_training(seed: int, chunk_bytes: int 
     for mine, other, x_val in zip(ours, theirs, val, strict=True):
         torch.testing.assert_close(mine.logits(x_val), other.layer(x_val), atol=2e-4, rtol=1e-4)
         assert (mine.converged, mine.ridge) == (None, None)
+
+
+def test_published_probes_do_not_reseed_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(seed: int) -> None:
+        raise AssertionError(f"reseeded with {seed}")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    train, y = problem(100, k=1)
+    fit_published_probes(train, y, val_features=train, val_labels=y, seed=1, epochs=1)
 
 
 def test_the_seed_of_the_published_probe_matters() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Solution", "minimise", "with_ones"]
+__all__ = ["Solution", "minimise", "solve", "with_ones"]
 
 _MAX_PRODUCTS = 200  # Hessian-vector products per Newton step; a safety net, never the usual end
 _SUFFICIENT_DECREASE = 1e-4  # Armijo's constant, Nocedal and Wright (2006), section 3.1
@@ -77,6 +77,40 @@ def minimise(
         theta += length[:, None, None] * step
         steps += 1
     return Solution(theta, size, ~active, steps)
+
+
+def solve(
+    x: Tensor,
+    labels: Tensor,
+    *,
+    ridge: float,
+    start: Tensor,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Tensor, Tensor]:
+    """`minimise`, with the last steps in float64 where the rounding of `x` stands in the way.
+
+    Returns:
+        Parameters (K, C, D + 1), and which of them met the tolerance, (K,) bool.
+    """
+    first = minimise(
+        x, labels, ridge=ridge, start=start, tolerance=tolerance, max_iterations=max_iterations
+    )
+    theta, converged = first.theta, first.converged
+    if x.dtype == torch.float64:
+        return theta, converged
+    for k in (~converged).nonzero().flatten().tolist():
+        one = slice(k, k + 1)
+        last = minimise(
+            x[one].double(),
+            labels,
+            ridge=ridge,
+            start=theta[one].double(),
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+        )
+        theta[one], converged[one] = last.theta.to(theta), last.converged
+    return theta, converged
 
 
 def with_ones(features: Tensor) -> Tensor:

@@ -13,20 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from flexure.contracts import DataError, FlexureError
-from flexure.methods.logistic import minimise, with_ones
+from flexure.methods.logistic import solve, with_ones
 
 __all__ = ["RIDGES", "Features", "Probe", "fit_probes", "fit_published_probes"]
 
 Features = Tensor | Sequence[Tensor]
 """(K, N, D), or K tensors of (N, D): one feature set for each problem."""
 
-RIDGES: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-"""Default path. On standardised features 1 leaves little but the class means, and below 1e-5 the
-penalty is smaller than the solver's tolerance."""
+RIDGES: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+"""Default path. On standardised features 1 leaves little but the class means; at 1e-4 the penalty
+hardly acts on any direction that the data determine."""
 
 SMALLEST_SCALE = 0.1
 """A feature is divided by its standard deviation, but at least by this share of the features'
 root-mean-square standard deviation."""
+
+_TOLERANCE, _SHARE = 1e-5, 0.02  # in directions without data only the ridge holds a coefficient
 
 _CACHE_CHUNK = 8 * 2**20  # bytes: the solver passes over its features again and again
 _MEMORY_CHUNK = 2**30
@@ -78,7 +80,7 @@ def fit_probes(
     val_features: Features,
     val_labels: Tensor,
     ridges: Sequence[float] = RIDGES,
-    tolerance: float = 1e-5,
+    tolerance: float | None = None,
     max_iterations: int = 100,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
@@ -99,10 +101,11 @@ def fit_probes(
         val_features: K validation sets, (N_val, D) each.
         val_labels: (N_val,) int64 in range(C).
         ridges: strengths of the penalty, >= 0.
-        tolerance: largest absolute entry of the gradient at which a fit is converged.
-        max_iterations: Newton steps per ridge.
-        dtype: of the arithmetic; sums of the objective are float64 in any case. float32 reaches
-            the default tolerance; smaller tolerances need float64.
+        tolerance: largest absolute entry of the gradient at which a fit is converged; default: a
+            fiftieth of the ridge, at most 1e-5, which leaves the coefficients within about 1 %.
+        max_iterations: Newton steps per ridge and precision.
+        dtype: of the arithmetic; sums of the objective are float64 in any case. Where float32
+            does not reach the tolerance, the last steps are taken in float64.
         device: where to compute; default: where the features are.
         chunk_bytes: working memory; as many problems as fit are trained together, at least one.
             Default: 8 MiB on CPUs, where more is slower, 1 GiB elsewhere.
@@ -128,11 +131,11 @@ def fit_probes(
         theta = x.new_zeros(len(train), classes, x.shape[2])
         choice = _Choice(theta)
         for ridge in path:
-            solution = minimise(
-                x, y, ridge=ridge, start=theta, tolerance=tolerance, max_iterations=max_iterations
+            goal = min(_TOLERANCE, _SHARE * ridge or _TOLERANCE) if tolerance is None else tolerance
+            theta, converged = solve(
+                x, y, ridge=ridge, start=theta, tolerance=goal, max_iterations=max_iterations
             )
-            theta = solution.theta
-            choice.offer(theta, x_val, y_val, ridge, solution.converged)
+            choice.offer(theta, x_val, y_val, ridge, converged)
         probes += _finish(*space.unmap(choice.theta), val, y_val, choice)
     return probes
 
@@ -282,7 +285,8 @@ class _BatchedAdam:
         self.x = with_ones(train).transpose(0, 1).contiguous()
         self.onehot = nn.functional.one_hot(labels, classes).to(train)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            # torch.manual_seed would also reseed accelerators, which are not restored here.
+            torch.default_generator.manual_seed(seed)
             layer = nn.Linear(dimension, classes)
         first = torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach()
         self.theta = first.to(train.device).repeat(k, 1, 1)
