@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -181,7 +183,7 @@ def test_the_gain_is_on_test_data_and_paired() -> None:
     assert result.gain.losses == int((hits[1] & ~hits[0]).sum())
     assert result.gain.points == pytest.approx(100 * (result.test.best - result.test.baseline))
     assert result.gain.low < result.gain.points < result.gain.high
-    assert result.gain == paired_gain(hits[0], hits[1], seed=42)
+    assert result.gain == paired_gain(hits[0], hits[1])
 
 
 def test_without_test_data_no_gain_is_claimed() -> None:
@@ -201,14 +203,55 @@ def test_the_gain_of_choosing_beta_one_is_exactly_zero() -> None:
 
 
 def test_the_bootstrap_interval_agrees_with_resampling_samples() -> None:
-    best, baseline = torch.rand(300) < 0.8, torch.rand(300) < 0.7
-    gain = paired_gain(best, baseline, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    best, baseline = (torch.rand(300, generator=generator) < p for p in (0.8, 0.7))
+    gain = paired_gain(best, baseline)
     difference = 100.0 * (best.float() - baseline.float())
-    means = torch.stack([difference[torch.randint(0, 300, (300,))].mean() for _ in range(4000)])
-    assert gain.low == pytest.approx(float(means.quantile(0.025)), abs=0.7)
-    assert gain.high == pytest.approx(float(means.quantile(0.975)), abs=0.7)
-    assert gain == paired_gain(best, baseline, seed=0)
-    assert gain != paired_gain(best, baseline, seed=1)
+    draws = torch.randint(0, 300, (4000, 300), generator=generator)
+    means = difference[draws].mean(1)
+    assert gain.low == pytest.approx(float(means.quantile(0.025)), abs=0.5)
+    assert gain.high == pytest.approx(float(means.quantile(0.975)), abs=0.5)
+    swapped = paired_gain(baseline, best)
+    assert (swapped.low, swapped.high) == (-gain.high, -gain.low)
+
+
+def test_the_interval_is_that_of_the_exact_distribution() -> None:
+    n, wins, losses = 12, 4, 1
+    shares = {1: wins / n, -1: losses / n, 0: (n - wins - losses) / n}
+    mass = {0: 1.0}
+    for _ in range(n):
+        following: dict[int, float] = {}
+        for total, chance in mass.items():
+            for step, share in shares.items():
+                following[total + step] = following.get(total + step, 0.0) + chance * share
+        mass = following
+    best, baseline = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
+    best[:wins], baseline[wins : wins + losses] = True, True
+    gain = paired_gain(best, baseline)
+    low, high = round(gain.low * n / 100), round(gain.high * n / 100)
+    assert (
+        sum(m for d, m in mass.items() if d < low)
+        <= 0.025
+        < sum(m for d, m in mass.items() if d <= low)
+    )
+    assert (
+        sum(m for d, m in mass.items() if d > high)
+        <= 0.025
+        < sum(m for d, m in mass.items() if d >= high)
+    )
+
+
+def test_without_discordant_samples_the_gain_says_so() -> None:
+    hits = torch.arange(10) % 2 == 0
+    gain = paired_gain(hits, hits)
+    assert (gain.points, gain.low, gain.high) == (0, 0, 0)
+    assert "no discordant samples" in str(gain)
+
+
+def test_no_accuracy_is_certain() -> None:
+    assert standard_error(0.5, 100) == 0.05
+    assert standard_error(0.0, 98) == pytest.approx(0.01005, abs=1e-5)
+    assert standard_error(1.0, 98) == pytest.approx(0.01005, abs=1e-5)
 
 
 class Indifferent(nn.Module):
@@ -267,6 +310,25 @@ def test_interpolated_features_find_the_same_at_less_cost() -> None:
     twin = next(s for s in exact.settings if s.beta == cheap.best_beta)
     assert cheap.best.probe.nll == pytest.approx(twin.probe.nll, rel=1e-4)
     assert cheap.best.score == twin.score
+
+
+def test_the_best_of_interpolated_settings_is_the_best_after_computing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    true = search_module.compare
+
+    def flattering(*arguments: Any) -> Any:
+        settings, info = true(*arguments)
+        raised = [s if s.exact else replace(s, score=1 - s.beta / 1e3) for s in settings]
+        return tuple(raised), info
+
+    monkeypatch.setattr(search_module, "compare", flattering)
+    exact = search_beta(network(), train=TRAIN, val=VAL)
+    result = search_beta(network(), train=TRAIN, val=VAL, features="interpolated")
+    assert result.best.exact
+    assert result.best is max(result.settings, key=search_module._preference)
+    assert result.best == exact.best
+    assert "held-out betas" in str(result)
 
 
 class Wild(nn.Module):
@@ -420,7 +482,39 @@ def test_shared_samples_are_refused() -> None:
     ):
         with pytest.raises(DataError, match=message):
             search_beta(model, **({"train": TRAIN, "val": VAL, "betas": [0.9]} | arguments))
-    assert search_beta(model, train=TRAIN, val=VAL, test=few, betas=[0.9]).gain is not None
+    relabelled = [(x, (y + 1) % CLASSES) for x, y in VAL]
+    with pytest.raises(DataError, match="val and test"):
+        search_beta(model, train=TRAIN, val=VAL, test=relabelled, betas=[0.9])
+    result = search_beta(model, train=TRAIN, val=VAL, test=few, betas=[0.9])
+    assert result.shared == {"val-train": 0, "test-train": 0, "test-val": 1}
+    assert result.to_dict()["shared"]["test-val"] == 1
+    assert "1 samples are in both test-val" in str(result)
+
+
+class Reused:
+    """Hands out views of one buffer, inputs and labels."""
+
+    def __init__(self, data: list[Batch]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Batch]:
+        x, y = (torch.empty_like(tensor) for tensor in self.data[0])
+        for inputs, labels in self.data:
+            x[: len(labels)], y[: len(labels)] = inputs, labels
+            yield x[: len(labels)], y[: len(labels)]
+
+
+def test_a_loader_may_reuse_its_buffer() -> None:
+    plain = search_beta(network(), train=TRAIN, val=VAL, betas=GRID)
+    for train, val in ((Reused(TRAIN), Reused(VAL)), (iter(Reused(TRAIN)), iter(Reused(VAL)))):
+        found = search_beta(network(), train=train, val=val, betas=GRID)
+        assert found.settings == plain.settings
+
+
+def test_one_beta_and_numbers_of_other_kinds_are_accepted() -> None:
+    for betas in (0.5, np.float32(0.5), torch.tensor([0.5]), np.array([0.5])):
+        result = search_beta(network(), train=TRAIN, val=VAL, betas=betas, c=np.float32(0.5))
+        assert (result.betas, result.cs) == ((0.5, 1.0), (0.5, 0.5))
 
 
 X, Y = samples(40, 5)
@@ -463,6 +557,12 @@ def test_bad_data_is_refused_and_changes_nothing(train: Any, val: Any, message: 
         ({"c": -0.1}, "c in"),
         ({"c": "even"}, "balanced"),
         ({"c": []}, "at least one c"),
+        ({"c": None}, "c as a number"),
+        ({"betas": 1.5}, "beta in"),
+        ({"betas": [i / 6000 for i in range(6000)], "c": (0.0, 1.0)}, "at most 10000 settings"),
+        ({"seed": -1}, "seed of at least 0"),
+        ({"seed": 1.5}, "whole seed"),
+        ({"train": 3}, "train data as an iterable"),
         ({"protocol": "quick"}, "converged, published"),
         ({"features": "some"}, "exact, interpolated"),
         ({"head": "nowhere"}, "linear layers are 0, 2, 4"),

@@ -7,12 +7,13 @@ in beta `interpolation`, resuming `feature_store`, and the result `search_result
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from numbers import Real
-from typing import Literal, TypeAlias
+from numbers import Integral, Real
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 from torch import Tensor, nn
 
 from flexure.contracts import Batches, DataError, Example, FlexureError
@@ -51,6 +52,7 @@ __all__ = ["BETAS", "search_beta"]
 BETAS: tuple[float, ...] = tuple(round(0.70 + 0.01 * i, 2) for i in range(30))
 """The paper's grid. It lacks beta = 1, which the search always adds."""
 
+_MAX_SETTINGS = 10_000
 _CACHE_BYTES = 2**30  # inputs up to this size are preprocessed once and kept
 
 Mixture: TypeAlias = "float | Literal['balanced']"
@@ -62,7 +64,7 @@ def search_beta(
     train: Batches,
     val: Batches,
     head: str | None = None,
-    betas: Sequence[float] | None = None,
+    betas: float | Sequence[float] | None = None,
     c: Mixture | Sequence[Mixture] = 0.5,
     protocol: Literal["converged", "published"] = "converged",
     features: Literal["exact", "interpolated"] = "exact",
@@ -96,12 +98,12 @@ def search_beta(
             order; inputs up to 1 GiB are kept in memory, so that they are prepared only once.
         val: what the setting, and the probe's ridge or epoch, is chosen on.
         head: path of the module whose input are the features; default: the last `nn.Linear`.
-        betas: values in [0, 1]; default: the paper's 0.70, 0.71, ... 0.99.
+        betas: values in [0, 1], or one of them; default: the paper's 0.70, 0.71, ... 0.99.
         c: in [0, 1], `"balanced"` for beta²/(1+beta²), or several of them: both dials searched.
         protocol: "converged": logistic regression to convergence, ridge chosen on `val`;
             "published": the paper's 20 epochs of Adam.
         features: "exact" or "interpolated".
-        seed: of the published probes and of the bootstrap; the paper's first.
+        seed: of the published probes; the paper's first.
         test: data for the gain. It must not share samples with the others.
         resume: folder where every finished setting is kept; the same search continues from it.
         example: an input to find the activation sites with; default: two training samples.
@@ -109,12 +111,14 @@ def search_beta(
         progress: True for a bar on stderr, or a callable (stage, done, total).
 
     Raises:
-        FlexureError: a dial out of range, an unknown protocol, a head that does not exist or does
-            not receive one vector per sample, a folder of another search.
+        FlexureError: a dial out of range, over 10,000 settings, a seed below 0, an unknown
+            protocol, a head that does not exist, does not give the logits or does not receive one
+            vector per sample, a folder of another search.
         SiteError: no site to steer, or one that cannot be steered.
         DataError: empty data, one class, labels that are not 0, 1, 2, ..., a class that train
             lacks, splits that share samples, passes that differ, or non-finite features.
     """
+    _check_seed(seed)
     rows = _grid(BETAS if betas is None else betas, c)
     _check_choice("protocol", protocol, ("converged", "published"))
     _check_choice("features", features, ("exact", "interpolated"))
@@ -123,6 +127,7 @@ def search_beta(
     try:
         with clock("reading"):
             splits = _read(train=train, val=val, test=test)
+            shared = {f"{b}-{a}": _shared(splits, a, b) for a, b in combinations(splits, 2)}
             classes = check_labels(*splits.values())
             example = _first(model, splits["train"]) if example is None else example
             parts = {} if resume is None else _fingerprint(model, splits, head)
@@ -142,13 +147,14 @@ def search_beta(
         settings=settings,
         best=best,
         baseline=baseline,
-        gain=None if own is None or before is None else paired_gain(own, before, seed=seed),
+        gain=None if own is None or before is None else paired_gain(own, before),
         test=None if own is None or before is None else _test_score(own, before),
         protocol=protocol,
         features=info,
         head=head,
         classes=classes,
         samples={name: len(split) for name, split in splits.items()},
+        shared=shared,
         seed=seed,
         timing=dict(clock.seconds),
         report=steering.report,
@@ -163,11 +169,11 @@ def _choose(
 ) -> tuple[tuple[Setting, ...], Setting, FeatureInfo]:
     """All settings, the best of them on computed features, and how the features came about."""
     settings, info = compare(backbone, trainer, rows, features)
-    best = max(settings, key=_preference)
-    if not best.exact:
+    # A computed score may be lower than the interpolated one: then another setting leads.
+    while not (best := max(settings, key=_preference)).exact:
         dial = _dial(best)
-        (best,) = trainer.settings({dial: backbone.pair(dial)}, {dial})
-        settings = tuple(best if _dial(setting) == dial else setting for setting in settings)
+        (computed,) = trainer.settings({dial: backbone.pair(dial)}, {dial})
+        settings = tuple(computed if _dial(setting) == dial else setting for setting in settings)
     return settings, best, replace(info, evaluated=backbone.evaluated)
 
 
@@ -190,30 +196,59 @@ def _read(**splits: Batches | None) -> dict[str, Samples]:
         # Test inputs are needed at most twice, and not before the end.
         cache = 0 if name == "test" else _CACHE_BYTES // 2
         read[name] = read_samples(batches, name, cache_bytes=cache)
-    for one, other in combinations(read.values(), 2):
-        check_disjoint(one, other)
     return read
+
+
+def _shared(splits: Mapping[str, Samples], first: str, second: str) -> int:
+    return check_disjoint(splits[first], splits[second])
 
 
 def _first(model: nn.Module, samples: Samples) -> Example:
     """Two samples, where the model is: enough to find the activation sites with."""
     x, batch = next(samples.inputs())
     device = device_of(model)
-    example: Example = map_tensors(take(x, slice(0, 2), batch), lambda leaf: leaf.to(device))
+    example: Example = map_tensors(
+        take(x, slice(0, 2), batch), lambda leaf: leaf.to(device, copy=True)
+    )
     return example
 
 
-def _grid(betas: Sequence[float], c: Mixture | Sequence[Mixture]) -> tuple[Row, ...]:
+def _grid(betas: object, c: object) -> tuple[Row, ...]:
     """The settings, one row for each choice of c; all rows end in the same beta = 1."""
-    mixtures = [c] if isinstance(c, str | float | int) else list(c)
-    _check_numbers("beta", list(betas))
+    betas, mixtures = _several("betas", betas), _several("c", c)
+    _check_numbers("beta", betas)
     _check_numbers("c", [mixture for mixture in mixtures if mixture != "balanced"])
     if not mixtures:
-        raise FlexureError("expected at least one c, got none")
+        raise FlexureError("expected at least one c, got none; leave c out for 0.5")
     below = sorted({float(beta) for beta in betas} - {1.0})
+    if len(below) * len(mixtures) >= _MAX_SETTINGS:
+        raise FlexureError(
+            f"expected at most {_MAX_SETTINGS} settings, got {len(below)} betas for each of "
+            f"{len(mixtures)} c; search a coarser grid first"
+        )
     last = (1.0, _mixture(mixtures[0], 1.0))
     rows = (tuple((beta, _mixture(m, beta)) for beta in below) for m in mixtures)
     return tuple(dict.fromkeys((*row, last) for row in rows))
+
+
+def _several(name: str, values: object) -> list[Any]:
+    """One value or many, as a list."""
+    if isinstance(values, Real | str):
+        return [values]
+    if isinstance(values, Tensor | np.ndarray):
+        values = values.tolist()
+        return values if isinstance(values, list) else [values]
+    if not isinstance(values, Iterable):
+        raise FlexureError(
+            f"expected {name} as a number or a sequence of them, got {values!r}; leave it out for "
+            f"the default"
+        )
+    return list(values)
+
+
+def _check_seed(seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
+        raise FlexureError(f"expected a whole seed of at least 0, got {seed!r}; choose another")
 
 
 def _mixture(mixture: Mixture, beta: float) -> float:
@@ -226,7 +261,7 @@ def _check_numbers(name: str, values: Sequence[object]) -> None:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
             also = ' or "balanced"' if name == "c" else ""
-            raise FlexureError(f"expected {name} in [0, 1]{also}, got {value!r}")
+            raise FlexureError(f"expected {name} in [0, 1]{also}, got {value!r}; correct it")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -31,12 +31,17 @@ __all__ = [
     "standard_error",
 ]
 
-_RESAMPLES = 10_000
 _LEVEL = 0.95
 
 
 def standard_error(accuracy: float, n: int) -> float:
-    """Of an accuracy on n independent samples: sqrt(p(1−p)/n)."""
+    """Of an accuracy on n independent samples: sqrt(p(1−p)/n).
+
+    At p = 0 and 1 that would be 0, as if there were no doubt left; there p is Laplace's
+    (n·p + 1)/(n + 2).
+    """
+    if accuracy in (0.0, 1.0):
+        accuracy = (n * accuracy + 1) / (n + 2)
     return math.sqrt(accuracy * (1.0 - accuracy) / n)
 
 
@@ -75,7 +80,7 @@ class Gain:
         points: 100 · (accuracy of the best setting − accuracy of the baseline).
         low: lower end of the interval, in points.
         high: upper end.
-        level: of the interval, a paired percentile bootstrap over the test samples.
+        level: of the interval, the exact one of the paired percentile bootstrap over test samples.
         wins: samples that only the best setting gets right.
         losses: samples that only the baseline gets right.
         n: test samples.
@@ -89,31 +94,50 @@ class Gain:
     losses: int
     n: int
 
+    @property
+    def discordant(self) -> int:
+        """Samples that only one of the two gets right; without any the interval is a point."""
+        return self.wins + self.losses
+
     def __str__(self) -> str:
+        if not self.discordant:
+            return f"{self.points:+.2f} points (no discordant samples among n = {self.n})"
         return (
             f"{self.points:+.2f} points [{self.low:+.2f}, {self.high:+.2f}] "
-            f"({self.level:.0%} paired bootstrap, n = {self.n}; {self.wins} wins, "
+            f"({self.level:.0%} paired bootstrap, exact, n = {self.n}; {self.wins} wins, "
             f"{self.losses} losses)"
         )
 
 
-def paired_gain(best: Tensor, baseline: Tensor, *, seed: int) -> Gain:
-    """The gain with its interval.
+def paired_gain(best: Tensor, baseline: Tensor) -> Gain:
+    """The gain with its interval: the paired percentile bootstrap's, without resampling.
+
+    Resampling samples whose difference is 1, −1 or 0 makes wins − losses a sum of n independent
+    draws of these; its quantiles are those of the exact distribution, which no seed moves.
 
     Args:
         best: (N,) bool, which test samples the best setting gets right.
         baseline: (N,) bool, the same for the baseline.
-        seed: of the bootstrap.
     """
     n = len(best)
     wins, losses = int((best & ~baseline).sum()), int((baseline & ~best).sum())
-    # Resampling samples whose difference is 1, -1 or 0 is drawing from a multinomial.
-    shares = np.array([wins, losses, n - wins - losses]) / n
-    counts = np.random.default_rng(seed).multinomial(n, shares, size=_RESAMPLES)
-    differences = 100.0 * (counts[:, 0] - counts[:, 1]) / n
-    low, high = np.quantile(differences, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    low, high = _interval(wins, losses, n)
     points = 100.0 * (wins - losses) / n
-    return Gain(points, float(low), float(high), _LEVEL, wins, losses, n)
+    return Gain(points, 100.0 * low / n, 100.0 * high / n, _LEVEL, wins, losses, n)
+
+
+def _interval(wins: int, losses: int, n: int) -> tuple[int, int]:
+    """The innermost values that leave at most (1 − level)/2 outside on either side."""
+    size = 2 ** math.ceil(math.log2(2 * n + 1))
+    step = np.zeros(size)
+    step[0], step[1], step[-1] = (n - wins - losses) / n, wins / n, losses / n
+    # The n-fold convolution of one draw's distribution with itself.
+    mass = np.fft.irfft(np.fft.rfft(step) ** n, size)
+    below = np.cumsum(np.concatenate([mass[-n:], mass[: n + 1]]))  # P(difference <= -n ... n)
+    tail, rounding = (1 - _LEVEL) / 2, 1e-9
+    low = int(np.searchsorted(below, tail + rounding, side="left")) - n
+    high = int(np.searchsorted(below, 1 - tail - rounding, side="left")) - n
+    return low, high
 
 
 @dataclass(frozen=True)
@@ -170,6 +194,18 @@ class FeatureInfo:
     checks: tuple[InterpolationCheck, ...] = ()
     reason: str | None = None
 
+    def __str__(self) -> str:
+        text = f"{self.used} features, computed at {self.evaluated} of {self.total} settings"
+        if self.checks:
+            worst = max(check.feature_error for check in self.checks)
+            score = max(check.score_error for check in self.checks)
+            unit = min(check.standard_error for check in self.checks)
+            text += (
+                f"; at held-out betas the interpolated ones were off by up to {worst:.1%}, their "
+                f"scores by up to {score:.4f} (standard error {unit:.4f})"
+            )
+        return text + (f"; not interpolated: {self.reason}" if self.reason else "")
+
 
 @dataclass(frozen=True)
 class BetaSearch:
@@ -187,7 +223,9 @@ class BetaSearch:
         head: path of the module whose input are the features.
         classes: number of classes.
         samples: split -> number of samples.
-        seed: of the published probes and of the bootstrap.
+        shared: pair of splits, as "val-train" -> samples that occur in both; few, or the search
+            refuses.
+        seed: of the published probes.
         timing: stage -> seconds.
         report: the activation sites.
     """
@@ -202,6 +240,7 @@ class BetaSearch:
     head: str
     classes: int
     samples: Mapping[str, int]
+    shared: Mapping[str, int]
     seed: int
     timing: Mapping[str, float]
     report: SiteReport = field(repr=False)
@@ -232,12 +271,12 @@ class BetaSearch:
     @property
     def best_beta(self) -> float:
         """Beta of the best setting."""
-        return 1.0 if self.best.beta is None else self.best.beta
+        return cast(float, self.best.beta)  # only a baseline has none
 
     @property
     def best_c(self) -> float:
         """c of the best setting."""
-        return 0.5 if self.best.c is None else self.best.c
+        return cast(float, self.best.c)
 
     @property
     def within_one_se(self) -> tuple[Setting, ...]:
@@ -251,6 +290,16 @@ class BetaSearch:
         Optimistic: the best setting was chosen on these samples. Report `gain` instead.
         """
         return 100.0 * (self.best.score - self.baseline.score)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the numbers must know, one clause each; often nothing."""
+        notes = [f"{n} samples are in both {pair}" for pair, n in self.shared.items() if n]
+        if self.best.probe.converged is False:
+            notes.append("the probe of the best setting has not converged")
+        if self.features.requested == "interpolated":
+            notes.append(str(self.features))
+        return tuple(notes)
 
     def install(self) -> InstalledSearch:
         """Steers the model to the best setting and puts the trained probe in the head's place.
@@ -287,10 +336,11 @@ class BetaSearch:
         score = f"validation accuracy {self.best.score:.4f} ± {self.best.error:.4f}"
         gain = "no test data, so no gain is reported" if self.gain is None else f"gain {self.gain}"
         against = "beta = 1" if self.baseline.beta is not None else "the untouched network"
+        notes = "".join(f"; {note}" for note in self.notes)
         return (
             f"best beta {self.best_beta:g}, c {self.best_c:g} of {len(self.settings)} settings: "
             f"{score} (the same at {against}: {self.baseline.score:.4f}; "
-            f"{len(self.within_one_se)} settings within one standard error); {gain}"
+            f"{len(self.within_one_se)} settings within one standard error); {gain}{notes}"
         )
 
 
