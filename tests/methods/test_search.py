@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -406,7 +407,9 @@ def test_an_interrupted_search_resumes_without_losing_a_finished_beta(tmp_path: 
     resumed = search_beta(model, train=TRAIN, val=VAL, betas=GRID, resume=tmp_path)
     handle.remove()
     per_setting = sum(-(-len(y) // 32) for _, y in (*TRAIN, *VAL))
-    assert forwards == 1 + 2 * per_setting  # the census, and the two settings that were missing
+    assert (
+        forwards == 4 + 2 * per_setting
+    )  # census, head twice, a stored one, and the two settings that were missing
     whole = search_beta(model, train=TRAIN, val=VAL, betas=GRID)
     assert resumed.settings == whole.settings
     assert torch.equal(resumed.best.probe.weight, whole.best.probe.weight)
@@ -443,7 +446,6 @@ def test_a_folder_of_another_search_is_refused(tmp_path: Path) -> None:
         ({"train": TEST}, network(), "train data"),
         ({"val": TEST}, network(), "validation data"),
         ({}, network(seed=1), "model"),
-        ({"head": "2"}, network(), "head"),
         ({"where": "1"}, network(), "sites"),
     ]
     for change, other, name in cases:
@@ -595,7 +597,7 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("twice", "got 2 calls"), ("never", "got 0 calls"), ("tokens", r"\(32, 2, 3\)")],
+    [("twice", "got 2 calls"), ("never", "calls an nn.Linear"), ("tokens", r"\(32, 2, 3\)")],
 )
 def test_heads_that_do_not_see_one_vector_per_sample_are_refused(kind: str, message: str) -> None:
     model = Odd(kind)
@@ -603,6 +605,58 @@ def test_heads_that_do_not_see_one_vector_per_sample_are_refused(kind: str, mess
     with pytest.raises(FlexureError, match=message):
         search_beta(model, train=TRAIN, val=VAL, betas=[0.9])
     assert_unchanged(model, before)
+
+
+class HeadFirst(nn.Module):
+    """Its head is registered before the layers that it follows."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.head, self.scale = nn.Linear(WIDTH, 2), 1.0
+        self.body = nn.Sequential(nn.Linear(6, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.scale * x).relu()).log_softmax(1)
+
+
+def test_the_head_is_what_gives_the_logits_not_what_is_registered_last() -> None:
+    model = HeadFirst()
+    result = search_beta(model, train=TRAIN, val=VAL, betas=[0.9])
+    assert result.head == "head"
+    assert "'head'" in str(result)
+    with result.install():
+        assert model(X).shape == (40, CLASSES)
+    with pytest.raises(FlexureError, match=r"'body.2' to be the model's logits.*head="):
+        search_beta(model, train=TRAIN, val=VAL, betas=[0.9], head="body.2")
+
+
+def test_stored_features_of_changed_code_are_refused(tmp_path: Path) -> None:
+    model = HeadFirst()
+    first = search_beta(model, train=TRAIN, val=VAL, betas=[0.9], resume=tmp_path)
+    stored = next(tmp_path.glob("beta0.9*"))
+    tensors = load(stored.read_bytes())
+    for damaged in ({"train": tensors["train"]}, {**tensors, "val": tensors["val"][:3].clone()}):
+        stored.write_bytes(save(damaged))
+        again = search_beta(model, train=TRAIN, val=VAL, betas=[0.9], resume=tmp_path)
+        assert again.settings == first.settings
+    model.scale = 3.0
+    with pytest.raises(FlexureError, match="code has changed"):
+        search_beta(model, train=TRAIN, val=VAL, betas=[0.9], resume=tmp_path)
+    (tmp_path / "fingerprint.json").unlink()
+    with pytest.raises(FlexureError, match="got no fingerprint"):
+        search_beta(model, train=TRAIN, val=VAL, betas=[0.9], resume=tmp_path)
+
+
+def test_constants_of_the_model_are_part_of_its_fingerprint(tmp_path: Path) -> None:
+    def leaky(slope: float) -> nn.Module:
+        model = network()
+        model[1] = nn.LeakyReLU(slope)
+        return model
+
+    search_beta(leaky(0.1), train=TRAIN, val=VAL, betas=[0.9], resume=tmp_path)
+    with pytest.raises(FlexureError, match="another model"):
+        search_beta(leaky(0.2), train=TRAIN, val=VAL, betas=[0.9], resume=tmp_path)
 
 
 def test_a_model_without_a_linear_layer_needs_its_head_named() -> None:

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
+from flexure.contracts import FlexureError
 from flexure.methods.feature_store import FeatureStore
 from flexure.methods.features import FeatureReader
 from flexure.methods.progress import ProgressReporter
@@ -63,6 +65,7 @@ class Backbone:
         self._reader, self._steering, self._splits = reader, steering, splits
         self._store, self._clock, self._reporter = store, clock, reporter
         self._known: dict[Dial, Pair] = {}
+        self._checked = False
         self.expected = 0
 
     @property
@@ -75,11 +78,13 @@ class Backbone:
         if dial in self._known:
             return self._known[dial]
         stored = None if self._store is None else self._store.get(_name(dial))
-        if stored is None:
+        if stored is None or not self._whole(stored):
             with self._clock("features"):
                 stored = {split: self._read(split, dial) for split in ("train", "val")}
             if self._store is not None:
                 self._store.put(_name(dial), stored)
+        elif not self._checked:
+            self._check(dial, stored["train"])
         self._known[dial] = stored["train"], stored["val"]
         self._reporter("features", self.evaluated, max(self.expected, self.evaluated))
         return self._known[dial]
@@ -89,13 +94,29 @@ class Backbone:
         with self._clock("test"):
             return self._read("test", dial)
 
-    def _read(self, split: str, dial: Dial) -> Tensor:
+    def _whole(self, stored: Mapping[str, Tensor]) -> bool:
+        splits = [(stored.get(split), len(self._splits[split])) for split in ("train", "val")]
+        return all(x is not None and x.dim() == 2 and len(x) == n for x, n in splits)
+
+    def _check(self, dial: Dial, stored: Tensor) -> None:
+        """Compares stored features with computed ones, once: code may change between two runs."""
+        fresh = self._read("train", dial, first=True)
+        old = stored[: len(fresh)]
+        tiny = 1e-3 * float(fresh.abs().mean())
+        if old.shape != fresh.shape or not torch.allclose(old, fresh, rtol=1e-3, atol=tiny):
+            raise FlexureError(
+                f"expected the stored features of {_name(dial)} to be what the model gives, got "
+                f"others: the model's code has changed; give another folder to resume from"
+            )
+        self._checked = True
+
+    def _read(self, split: str, dial: Dial, *, first: bool = False) -> Tensor:
         if dial is None:
             self._steering.remove()
-            return self._reader(self._splits[split], "the untouched network")
+            return self._reader(self._splits[split], "the untouched network", first=first)
         beta, c = dial
         self._steering.dial(beta, c)
-        return self._reader(self._splits[split], f"beta {beta:g}, c {c:g}")
+        return self._reader(self._splits[split], f"beta {beta:g}, c {c:g}", first=first)
 
 
 def _name(dial: Dial) -> str:

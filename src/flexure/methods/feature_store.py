@@ -38,6 +38,11 @@ class FeatureStore:
         self.folder = check_writable(folder)
         path = self.folder / _FINGERPRINT
         if not path.exists():
+            if any(self.folder.glob("*.safetensors")):
+                raise FlexureError(
+                    f"expected {str(self.folder)!r} to name what its features belong to, got no "
+                    f"{_FINGERPRINT}; give another folder to resume from, or delete this one"
+                )
             write_json(path, dict(fingerprint))
         found = _read(path)
         different = [key for key in fingerprint if found.get(key) != fingerprint[key]]

@@ -6,19 +6,20 @@ The dials are turned by whoever calls; what is done with the features is not kno
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexure.calling import call_model, evaluating
-from flexure.contracts import DataError, FlexureError
+from flexure.calling import call_model, evaluating, logits_of
+from flexure.contracts import DataError, Example, FlexureError
 from flexure.methods.samples import Samples, content, map_tensors, take
 from flexure.surgery.preserve import preserved
 
-__all__ = ["FeatureReader", "default_head", "device_of", "fingerprint", "head_module"]
+__all__ = ["FeatureReader", "check_head", "default_head", "device_of", "fingerprint", "head_module"]
 
 _CPU_BATCH = 32
 """Samples per forward pass on CPUs, whatever the batches' size: the activations of larger ones
@@ -37,12 +38,13 @@ class FeatureReader:
         self.model, self.head = model, head
         self._module = head_module(model, head)
 
-    def __call__(self, samples: Samples, setting: str) -> Tensor:
+    def __call__(self, samples: Samples, setting: str, *, first: bool = False) -> Tensor:
         """Features of all samples.
 
         Args:
             samples: what to run through the network.
             setting: how the dials stand, for messages.
+            first: read no more than what goes through the network at once.
 
         Returns:
             (N, D) float32, on the CPU.
@@ -61,6 +63,8 @@ class FeatureReader:
                     seen.clear()
                     call_model(self.model, part)
                     rows.append(self._only(seen, size))
+                    if first:
+                        return rows[0]
         features = torch.cat(rows)
         if not bool(features.isfinite().all()):
             raise DataError(
@@ -100,19 +104,43 @@ class FeatureReader:
         return x.detach().to("cpu", torch.float32, copy=True)
 
 
-def default_head(model: nn.Module) -> str:
-    """Path of the last `nn.Linear`, in the order of `named_modules`.
+def default_head(model: nn.Module, example: Example) -> str:
+    """Path of the `nn.Linear` whose output are the logits, else of the last one that is called.
 
     Raises:
-        FlexureError: there is none, it is the model itself, or it is neither linear nor empty.
+        FlexureError: the model calls no `nn.Linear` inside it.
     """
-    names: list[str] = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if not names or not names[-1]:
+    linear: dict[nn.Module, str] = {
+        m: name for name, m in model.named_modules() if name and isinstance(m, nn.Linear)
+    }
+    calls, output = _calls(model, linear, example)
+    if not calls:
         raise FlexureError(
-            "expected a model with an nn.Linear inside as its head, found none; name the module "
-            "whose input are the features with head="
+            "expected a model that calls an nn.Linear inside as its head, found none; name the "
+            "module whose input are the features with head="
         )
-    return names[-1]
+    exact = [module for module, out in calls if _gives(out, output)]
+    return linear[(exact or [module for module, _ in calls])[-1]]
+
+
+def check_head(model: nn.Module, head: str, example: Example) -> None:
+    """Makes sure that a probe can take the head's place: what the head gives are the logits.
+
+    Log-probabilities and probabilities of the logits are as good: the order is the same. A head
+    that is not called once on (B, D) is left to `FeatureReader`, whose message says so.
+
+    Raises:
+        FlexureError: the model makes something else of the head's output.
+    """
+    module = head_module(model, head)
+    calls, output = _calls(model, {module: head}, example)
+    if len(calls) != 1 or not isinstance(calls[0][1], Tensor) or calls[0][1].dim() != 2:
+        return
+    if output is not None and not _gives(calls[0][1], output):
+        raise FlexureError(
+            f"expected the output of the head {head!r} to be the model's logits, got other values; "
+            f"name the classification layer with head="
+        )
 
 
 def head_module(model: nn.Module, head: str) -> nn.Module:
@@ -145,13 +173,42 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Digest of a model's class, and of its parameters and buffers with their names."""
+    """Digest of a model's class and description, and of its tensors with their names."""
     kind = type(model)
-    digest = hashlib.blake2b(f"{kind.__module__}.{kind.__qualname__}".encode(), digest_size=16)
+    constants = re.sub(r"0x[0-9a-f]+", "", repr(model))  # addresses differ from run to run
+    text = f"{kind.__module__}.{kind.__qualname__} {constants}"
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(content(tensor))
     return digest.hexdigest()
+
+
+def _calls(
+    model: nn.Module, modules: Mapping[nn.Module, str], example: Example
+) -> tuple[list[tuple[nn.Module, Any]], Tensor | None]:
+    """The calls of `modules` in one forward pass with what they gave, and the model's logits."""
+    calls: list[tuple[nn.Module, Any]] = []
+    handles = [m.register_forward_hook(lambda m, _, out: calls.append((m, out))) for m in modules]
+    try:
+        with preserved(model), evaluating(model), torch.no_grad():
+            output = call_model(model, map_tensors(example, torch.Tensor.clone))
+    finally:
+        for handle in handles:
+            handle.remove()
+    try:
+        return calls, logits_of(output)
+    except FlexureError:
+        return calls, None  # features can be read all the same
+
+
+def _gives(found: Any, logits: Tensor | None) -> bool:
+    if found is logits:
+        return True
+    if logits is None or not isinstance(found, Tensor) or found.shape != logits.shape:
+        return False
+    same = (found, found.log_softmax(-1), found.softmax(-1))
+    return any(torch.allclose(x.to(logits), logits, equal_nan=True) for x in same)
 
 
 def _parts(x: Any, batch: int, device: torch.device) -> Iterator[tuple[Any, int]]:

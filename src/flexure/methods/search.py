@@ -6,6 +6,7 @@ in beta `interpolation`, resuming `feature_store`, and the result `search_result
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,9 +23,11 @@ from flexure.methods.comparison import Row, Trainer, compare
 from flexure.methods.feature_store import FeatureStore
 from flexure.methods.features import (
     FeatureReader,
+    check_head,
     default_head,
     device_of,
     fingerprint,
+    head_module,
 )
 from flexure.methods.progress import Progress, ProgressReporter
 from flexure.methods.samples import (
@@ -97,7 +100,8 @@ def search_beta(
         train: `(x, y)` batches that can be iterated again and give the same samples in the same
             order; inputs up to 1 GiB are kept in memory, so that they are prepared only once.
         val: what the setting, and the probe's ridge or epoch, is chosen on.
-        head: path of the module whose input are the features; default: the last `nn.Linear`.
+        head: path of the module whose input are the features; default: the
+            `nn.Linear` that gives the logits.
         betas: values in [0, 1], or one of them; default: the paper's 0.70, 0.71, ... 0.99.
         c: in [0, 1], `"balanced"` for beta²/(1+beta²), or several of them: both dials searched.
         protocol: "converged": logistic regression to convergence, ridge chosen on `val`;
@@ -122,19 +126,24 @@ def search_beta(
     rows = _grid(BETAS if betas is None else betas, c)
     _check_choice("protocol", protocol, ("converged", "published"))
     _check_choice("features", features, ("exact", "interpolated"))
-    head = default_head(model) if head is None else head
-    reader, clock, reporter = FeatureReader(model, head), Clock(), ProgressReporter(progress)
+    if head is not None:
+        head_module(model, head)  # a wrong name is refused before any work
+    clock, reporter = Clock(), ProgressReporter(progress)
     try:
         with clock("reading"):
             splits = _read(train=train, val=val, test=test)
             shared = {f"{b}-{a}": _shared(splits, a, b) for a, b in combinations(splits, 2)}
             classes = check_labels(*splits.values())
             example = _first(model, splits["train"]) if example is None else example
+            head = default_head(model, example) if head is None else head
+            check_head(model, head, example)
             parts = {} if resume is None else _fingerprint(model, splits, head)
         trainer = Trainer(splits, protocol, seed, device_of(model), clock, reporter)
         with steer(model, beta=1.0, example=example, where=where) as steering:
             store = None if resume is None else FeatureStore(resume, parts | _sites(steering))
-            backbone = Backbone(reader, steering, splits, store, clock, reporter)
+            backbone = Backbone(
+                FeatureReader(model, head), steering, splits, store, clock, reporter
+            )
             settings, best, info = _choose(backbone, trainer, rows, features)
             # Only now test data may be looked at.
             own = _on_test(backbone, trainer, best, "test" in splits)
@@ -309,4 +318,5 @@ def _fingerprint(model: nn.Module, splits: Mapping[str, Samples], head: str) -> 
 
 
 def _sites(steering: Steering) -> dict[str, str]:
-    return {"sites": ", ".join(steering.units)}
+    rows = hashlib.blake2b(repr(steering.report.rows()).encode(), digest_size=16).hexdigest()
+    return {"sites": f"{', '.join(steering.units)} ({rows})"}

@@ -340,7 +340,8 @@ class BetaSearch:
         return (
             f"best beta {self.best_beta:g}, c {self.best_c:g} of {len(self.settings)} settings: "
             f"{score} (the same at {against}: {self.baseline.score:.4f}; "
-            f"{len(self.within_one_se)} settings within one standard error); {gain}{notes}"
+            f"{len(self.within_one_se)} settings within one standard error); {gain}; "
+            f"features: the input of {self.head!r}{notes}"
         )
 
 
