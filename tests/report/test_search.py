@@ -28,6 +28,7 @@ def search(**changes: Any) -> SimpleNamespace:
         "gain": gain,
         "test": SimpleNamespace(best=0.91, baseline=0.89),
         "report": SimpleNamespace(rows=lambda: rows, summary="1 site to steer"),
+        "notes": (),
         "samples": {"train": 200, "val": 100, "test": 300},
     }
     return SimpleNamespace(**(found | changes))
@@ -79,6 +80,25 @@ def test_an_untouched_network_as_baseline_is_called_that():
     text = plain(search_summary(search(baseline=setting(None, None, 0.88))))
     assert "the untouched network: 88.0 %" in text
     assert "at beta = 1" not in text
+    assert "The untouched network took no part in the choice." in text
+
+
+def test_nothing_is_said_of_beta_one_where_that_is_not_the_unchanged_network(tmp_path: Path):
+    page = search_page(
+        tmp_path / "s.html", search(baseline=setting(None, None, 0.88)), title="A search"
+    ).read_text()
+    assert "gained over the untouched network" in page
+    assert "1 is the unchanged network" not in page
+    relu = search_page(tmp_path / "r.html", search(), title="A search").read_text()
+    assert "gained over beta = 1" in relu
+    assert "1 is the unchanged network" in relu
+
+
+def test_notes_and_missing_discordance_are_told():
+    same = SimpleNamespace(points=0.0, low=0.0, high=0.0, level=0.95, wins=0, losses=0, n=10)
+    text = plain(search_summary(search(gain=same, notes=("interpolated features, computed at 7",))))
+    assert "no discordant samples" in text
+    assert "Interpolated features, computed at 7." in text
 
 
 def test_one_curve_for_each_choice_of_the_second_dial():

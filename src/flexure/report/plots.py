@@ -116,6 +116,7 @@ def score_against_beta(
     baseline_label: str = "beta = 1",
     score: str = "validation accuracy (%)",
     errors: str = "one standard error",
+    axis: str = "beta (no unit; 1 is the unchanged network)",
 ) -> Picture:
     """Score of each beta, its error band, the chosen beta and those that are as good.
 
@@ -127,6 +128,7 @@ def score_against_beta(
         baseline_label: what that is.
         score: what the score is, with its unit.
         errors: what the band is.
+        axis: label of the axis of beta; state what its end is.
     """
     figure, axes = _canvas(_WIDE)
     for k, line in enumerate(lines):
@@ -141,7 +143,7 @@ def score_against_beta(
             xs, ys, "o", color=GREEN, markersize=5, label="within one standard error of the best"
         )
     axes.plot(*chosen, "D", color=VERMILION, markersize=9, label=f"chosen: beta = {chosen[0]:.4g}")
-    axes.set(xlabel="beta (no unit; 1 is the unchanged network)", ylabel=score)
+    axes.set(xlabel=axis, ylabel=score)
     _legend(figure)
     level = "" if baseline is None else f", against {baseline:.1f} at {baseline_label}"
     return _picture(

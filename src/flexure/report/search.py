@@ -20,7 +20,7 @@ __all__ = ["SearchLike", "search_page", "search_sections", "search_summary", "ve
 SHOWS = (
     "Which beta a linear probe on the frozen, steered network prefers on the validation data, and "
     "how sharply.",
-    "With test data: what that choice gained over beta = 1 on samples that took no part in it.",
+    "With test data: what that choice gained over {baseline} on samples that took no part in it.",
 )
 DOES_NOT_SHOW = (
     "That the chosen beta is the best one: the values within one standard error of it cannot be "
@@ -63,6 +63,10 @@ class SearchLike(Protocol):
         """The site report, with `.rows()` and `.summary`."""
 
     @property
+    def notes(self) -> Sequence[str]:
+        """What else a reader of the numbers must know, one clause each."""
+
+    @property
     def samples(self) -> Mapping[str, int]:
         """Number of samples of `"val"`."""
 
@@ -76,7 +80,7 @@ def search_page(
         title=title,
         summary=search_summary(search),
         sections=search_sections(search),
-        shows=SHOWS,
+        shows=[text.format(baseline=_baseline_name(search)) for text in SHOWS],
         does_not_show=DOES_NOT_SHOW,
         run=run,
     )
@@ -90,7 +94,10 @@ def search_summary(search: SearchLike) -> tuple[str, ...]:
         f"{_score(best)}; {_baseline_name(search)}: {_score(search.baseline)}. "
         f"{count} of {len(search.settings)} settings lie within one standard error of the best."
     )
-    return chosen, _gain_sentence(search)
+    notes = [f"{note[0].upper()}{note[1:]}." for note in search.notes]
+    if search.baseline.beta is None:
+        notes.insert(0, "The untouched network took no part in the choice.")
+    return chosen, _gain_sentence(search), *notes
 
 
 def search_sections(search: SearchLike, *, title: str = "Score against beta") -> list[Section]:
@@ -115,6 +122,9 @@ def _picture(search: SearchLike) -> Picture:
         within=[(_beta(s), 100 * s.score) for s in search.within_one_se],
         baseline=100 * search.baseline.score,
         baseline_label=_baseline_name(search),
+        axis="beta (no unit; 1 is the unchanged network)"
+        if search.baseline.beta is not None
+        else "beta (no unit; the unchanged network is not beta = 1)",
     )
 
 
@@ -147,9 +157,14 @@ def _gain_sentence(search: SearchLike) -> str:
         )
     if search.best is search.baseline:
         return f"The choice is {_baseline_name(search)}: nothing was gained and nothing lost."
+    if not gain.wins + gain.losses:
+        return (
+            f"On {gain.n} test samples: no discordant samples, both get the same ones right "
+            f"({percent(test.best)}); no gain has been shown."
+        )
     return (
         f"On {gain.n} test samples: {gain_text(gain.points, gain.low, gain.high, level=gain.level)}"
-        f", paired bootstrap; {percent(test.best)} against {percent(test.baseline)} at "
+        f", paired bootstrap, exact; {percent(test.best)} against {percent(test.baseline)} at "
         f"{_baseline_name(search)}; {gain.wins} samples won, {gain.losses} lost. "
         + verdict(gain.low, gain.high)
     )
@@ -169,13 +184,11 @@ def _baseline_name(search: SearchLike) -> str:
 
 
 def _dial(setting: Any) -> str:
-    if setting.beta is None:
-        return "the untouched network"
     return f"beta = {setting.beta:.4g}" + ("" if setting.beta == 1 else f", c = {setting.c:.4g}")
 
 
 def _beta(setting: Any) -> float:
-    return 1.0 if setting.beta is None else float(setting.beta)
+    return float(setting.beta)
 
 
 def _score(setting: Any) -> str:
