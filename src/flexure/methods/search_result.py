@@ -104,8 +104,8 @@ class Gain:
             return f"{self.points:+.2f} points (no discordant samples among n = {self.n})"
         return (
             f"{self.points:+.2f} points [{self.low:+.2f}, {self.high:+.2f}] "
-            f"({self.level:.0%} paired bootstrap, exact, n = {self.n}; {self.wins} wins, "
-            f"{self.losses} losses)"
+            f"({self.level:.0%} paired bootstrap, exact, n = {self.n}; {self.wins} won, "
+            f"{self.losses} lost)"
         )
 
 
