@@ -11,7 +11,7 @@ from flexure.methods.steer import steer
 from tests.methods.test_steer import BETA, C, Routed
 
 WORKER = """
-import sys, torch
+import os, sys, torch
 from flexure.methods.steer import steer
 from tests.methods.test_steer import BETA, C, Routed
 
@@ -29,7 +29,8 @@ with steer(model, beta=BETA, c=C, example=x, calibration=[x]):
     wrapped(x[rank::2]).square().mean().backward()
 grads = {name: parameter.grad for name, parameter in model.named_parameters()}
 torch.save(grads, f"{folder}/grads-{rank}.pt")
-torch.distributed.destroy_process_group()
+torch.distributed.barrier()
+os._exit(0)  # gloo may abort where one process tears down before the other
 """
 
 

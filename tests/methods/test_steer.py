@@ -418,19 +418,6 @@ class TestPyTorch:
             outputs = list(pool.map(lambda _: model(x).detach(), range(64)))
         assert all(torch.equal(out, expected) for out in outputs)
 
-    def test_ddp(self, model: Routed, x: Tensor, tmp_path) -> None:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
-        )
-        try:
-            with steer(model, beta=BETA, c=C, example=x):
-                wrapped = nn.parallel.DistributedDataParallel(model)
-                wrapped(x).sum().backward()
-                torch.testing.assert_close(wrapped(x), by_hand(model, x, BETA, C))
-            assert model.first.weight.grad is not None
-        finally:
-            torch.distributed.destroy_process_group()
-
 
 class TestBadInput:
     @pytest.mark.parametrize(
