@@ -5,13 +5,15 @@ Nothing here computes. Every other module may import this one; it imports none o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 __all__ = [
+    "AdaptationMethod",
     "AdapterError",
     "AddressError",
     "Batches",
@@ -19,12 +21,17 @@ __all__ = [
     "DataLoader",
     "Example",
     "FlexureError",
+    "InstalledMethod",
     "LabelledData",
     "LoadedModel",
     "MissingExtraError",
     "ModelLoader",
+    "Penalty",
+    "Perturbation",
     "RecipeConfig",
     "SiteError",
+    "Step",
+    "UpdateRule",
 ]
 
 Example: TypeAlias = "Tensor | tuple[Any, ...] | dict[str, Any]"
@@ -124,4 +131,153 @@ class RecipeConfig(Protocol):
     @classmethod
     def small(cls) -> RecipeConfig:
         """The configuration that runs everywhere in under two minutes."""
+        ...
+
+
+class Step(Protocol):
+    """One training step, as penalties and perturbations see it.
+
+    With several processes, or with gradient accumulation, it is one process's share of one batch.
+
+    Attributes:
+        model: the network, in train mode.
+        x: the inputs, perturbed if a perturbation is given.
+        y: (B,) int64 labels, or whatever the loss takes.
+        positions: (B,) int64, each sample's place in the global batch.
+        index: the update that this is, from 0.
+        epoch: from 0.
+        epochs: of the whole run.
+        seed: of the run. What a penalty draws, it draws from this, `index` and `positions`, so
+            that the number of processes does not change it.
+    """
+
+    model: nn.Module
+    x: Any
+    y: Tensor
+    positions: Tensor
+    index: int
+    epoch: int
+    epochs: int
+    seed: int
+
+    @property
+    def output(self) -> Any:
+        """`model(x)`, computed once for the loss and every penalty, with its graph."""
+        ...
+
+    def global_mean(self, values: Tensor) -> Tensor:
+        """Mean of (B, ...) values over dimension 0 and over all processes' samples.
+
+        Its gradient is this process's part: averaged over processes as the loop does, it is the
+        gradient of any function of the global mean.
+        """
+        ...
+
+
+class Penalty(Protocol):
+    """Something that training keeps small besides the loss."""
+
+    def __call__(self, step: Step) -> Tensor:
+        """The unweighted penalty, a scalar that does not grow with the batch."""
+        ...
+
+
+class Perturbation(Protocol):
+    """A change of the inputs before each training step, such as an attack."""
+
+    def __call__(self, step: Step) -> Any:
+        """The changed `step.x`; `step.output` must not be used."""
+        ...
+
+
+class UpdateRule(Protocol):
+    """How one update uses gradients: once (plain), or several times (SAM)."""
+
+    def __call__(self, backward: Callable[[], float], optimizer: Optimizer) -> float:
+        """Performs one update.
+
+        Args:
+            backward: at the current weights, replaces every `.grad` by the gradient of the
+                objective over the global batch, clipped, and returns the objective.
+            optimizer: to be stepped.
+
+        Returns:
+            The objective at the weights before the update.
+        """
+        ...
+
+
+class InstalledMethod(Protocol):
+    """What an adaptation method has put into a model. Made by `AdaptationMethod.install`.
+
+    The harness (`flexure.adapt`) takes care of the head, of freezing, of names and of files.
+    """
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The trainable parameters without the head, by a name that means the same in a copy."""
+        ...
+
+    def insert(self) -> None:
+        """Puts the same parameters back in place after `withdraw`; in place: does nothing."""
+        ...
+
+    def withdraw(self) -> None:
+        """Restores the model exactly, keeping what was learned; withdrawn: does nothing."""
+        ...
+
+    def freeze(self) -> None:
+        """Turns what was learned into constants; afterwards `parameters` is empty."""
+        ...
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What a file must hold to restore it bit by bit."""
+        ...
+
+    def structure(self) -> Mapping[str, Any]:
+        """Where things are, as JSON values: sites or layers by path."""
+        ...
+
+    def betas(self) -> Mapping[str, Tensor]:
+        """Site -> the values of beta now, `(channels,)`, detached; empty where there are none."""
+        ...
+
+    def cs(self) -> Mapping[str, Tensor]:
+        """Site -> the values of c now, likewise."""
+        ...
+
+
+class AdaptationMethod(Protocol):
+    """A way to adapt a pretrained network: a frozen dataclass of JSON values, its settings."""
+
+    @property
+    def name(self) -> str:
+        """Its row in the catalogue of methods, and in adapter files; a class attribute."""
+        ...
+
+    @property
+    def freezes(self) -> bool:
+        """Whether all but its parameters and the head stays as it is; a class attribute."""
+        ...
+
+    @property
+    def learning_rate(self) -> float:
+        """For its parameters, with Adam; `parameter_groups()` carry it."""
+        ...
+
+    def install(
+        self, model: nn.Module, *, example: Example, where: Any, axis: Any, head: str | None
+    ) -> InstalledMethod:
+        """Puts it into `model` outside the module at path `head`; on an error nothing changes."""
+        ...
+
+    def load(
+        self, model: nn.Module, structure: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> InstalledMethod:
+        """Puts a stored one into `model`, bit by bit.
+
+        Raises:
+            AdapterError: the model has other sites or layers; the missing and the unexpected ones
+                are listed, and the model is unchanged.
+        """
         ...
