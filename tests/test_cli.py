@@ -277,7 +277,9 @@ def test_an_unfinished_search_is_not_overwritten(
     store = tmp_path / "out" / ".flexure-search"
     store.mkdir(parents=True)
     (store / "a.safetensors").write_text("hours of work")
-    monkeypatch.setattr("flexure.cli.load_model", lambda address: pytest.fail("work was begun"))
+    monkeypatch.setattr(
+        "flexure.cli.common.load_model", lambda address: pytest.fail("work was begun")
+    )
     arguments = ["steer", model, "--data", "sklearn:digits", *FAST, "--out", str(store.parent)]
     code, _, err = run(*arguments, capsys=capsys)
     assert code == 2
@@ -292,7 +294,7 @@ def test_only_steer_speaks_of_resuming(
     def interrupt(*arguments, **more):
         raise KeyboardInterrupt
 
-    for name in ("find_sites", "search_beta"):
+    for name in ("sites.find_sites", "steer.search_beta"):
         monkeypatch.setattr(f"flexure.cli.{name}", interrupt)
     monkeypatch.setattr("flexure.recipes.demo.run", interrupt)
     arguments = {
@@ -308,7 +310,7 @@ def test_only_steer_speaks_of_resuming(
 def test_the_default_grid_is_the_librarys(
     model: str, tmp_path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexure.cli.BETAS", (0.25,))
+    monkeypatch.setattr("flexure.cli.steer.BETAS", (0.25,))
     arguments = ["steer", model, "--data", "sklearn:digits", *FAST[2:], "--json"]
     _, text, _ = run(*arguments, "--out", str(tmp_path / "out"), capsys=capsys)
     results = json.loads(text)

@@ -1,0 +1,150 @@
+"""What the verbs of the command line share: options, loading, stores, printing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
+from pathlib import Path
+from textwrap import shorten
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from flexure.contracts import FlexureError, LabelledData, LoadedModel
+from flexure.data import PreparedBatches, batches, split
+from flexure.models import load_model
+from flexure.record import to_json
+
+__all__ = [
+    "AsJson",
+    "BatchSize",
+    "Device",
+    "Model",
+    "Resume",
+    "Seed",
+    "Size",
+    "Unfinished",
+    "begin",
+    "discard",
+    "load",
+    "prepared",
+    "print_json",
+    "resumable",
+    "users_code",
+]
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Model address: flexure:resnet20?weights=FILE, hf:NAME, timm:NAME, "
+        "torchvision:NAME, or FILE.py:factory.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Items in a forward pass.")]
+Seed = Annotated[int, typer.Option(min=0, help="Decides splits, probes and intervals.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines, nothing else.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the interrupted run in the output folder.")
+]
+Size = Annotated[int | None, typer.Option(min=1, help="Number of items; default: a share.")]
+
+
+class Unfinished(Exception):
+    """Interrupted, and what was finished can be continued from."""
+
+
+@contextmanager
+def users_code() -> Iterator[None]:
+    """What a model prints goes to stderr, and it cannot end the program."""
+    with redirect_stdout(sys.stderr):
+        try:
+            yield
+        except SystemExit as error:
+            raise FlexureError(
+                f"expected the model and the data to run, got SystemExit({error.code!r}) from "
+                f"their code; remove it"
+            ) from error
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """An interrupt inside says that what is finished is kept.
+
+    Raises:
+        Unfinished: instead of the interrupt.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        told = "interrupted; what is finished is kept, --resume continues it"
+        raise Unfinished(told) from None
+
+
+def begin(store: Path, what: str) -> None:
+    """A new `what`, such as "search", starts with an empty store, and destroys nobody's work.
+
+    Raises:
+        FlexureError: the store holds finished parts of an earlier one.
+    """
+    if any(store.glob("*.safetensors")):
+        raise FlexureError(
+            f"{store.parent} holds an unfinished {what}; add --resume to continue it, or choose "
+            f"another --out"
+        )
+    discard(store)
+
+
+def discard(store: Path) -> None:
+    """Deletes what a run wrote into its store; anything else in there stays, and it with it."""
+    ours = ("*.safetensors", "fingerprint.json", ".*.safetensors.*.tmp", ".fingerprint.json.*.tmp")
+    for path in (path for pattern in ours for path in store.glob(pattern)):
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # missing, or not empty
+        store.rmdir()
+
+
+def load(address: str, device: str) -> LoadedModel:
+    """The model behind an address, on a device that works.
+
+    Raises:
+        AddressError: no such model.
+        FlexureError: no such device.
+    """
+    loaded = load_model(address)
+    try:
+        torch.ones(1).to(device).cpu()  # some devices take data and never give it back
+        loaded.model.to(device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise FlexureError(
+            f"expected a device that works here, got {device!r} ({shorten(str(error), 120)}); "
+            f"choose another --device"
+        ) from error
+    return loaded
+
+
+def prepared(
+    loaded: LoadedModel,
+    data: dict[str, LabelledData],
+    sizes: dict[str, int | None],
+    device: str,
+    batch_size: int,
+    seed: int,
+) -> tuple[PreparedBatches, PreparedBatches, PreparedBatches]:
+    """Train, validation and test batches, seeded and stratified, in the model's own terms."""
+    given = {name: size for name, size in sizes.items() if size is not None}
+    parts = split(data, seed=seed, sizes=given or None)
+    prepare: Callable[[LabelledData], PreparedBatches] = partial(
+        batches, preprocess=loaded.preprocess, batch_size=batch_size, device=device, cache=True
+    )
+    return prepare(parts.train), prepare(parts.val), prepare(parts.test)
+
+
+def print_json(payload: Any) -> None:
+    """Prints what a result file would hold."""
+    typer.echo(json.dumps(to_json(payload), indent=2))
