@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from flexure.contracts import FlexureError
-from flexure.methods.feature_store import FeatureStore
 from flexure.methods.features import FeatureReader
 from flexure.methods.progress import ProgressReporter
 from flexure.methods.samples import Samples
 from flexure.methods.steer import Steering
+from flexure.methods.store import Store
 
 __all__ = ["Backbone", "Clock", "Dial", "Pair"]
 
@@ -58,7 +58,7 @@ class Backbone:
         reader: FeatureReader,
         steering: Steering,
         splits: Mapping[str, Samples],
-        store: FeatureStore | None,
+        store: Store | None,
         clock: Clock,
         reporter: ProgressReporter,
     ) -> None:

@@ -1,7 +1,7 @@
 """Search over beta: which dial setting of a frozen backbone transfers best to labelled data.
 
 Orchestration only: reading data is `samples`, features `features`, probes `probe`, interpolation
-in beta `interpolation`, resuming `feature_store`, and the result `search_result`.
+in beta `interpolation`, resuming `store`, and the result `search_result`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from flexure.contracts import Batches, DataError, Example, FlexureError
 from flexure.methods.backbone import Backbone, Clock, Dial
 from flexure.methods.comparison import Row, Trainer, compare
-from flexure.methods.feature_store import FeatureStore
 from flexure.methods.features import (
     FeatureReader,
     check_head,
@@ -34,9 +33,7 @@ from flexure.methods.samples import (
     Samples,
     check_disjoint,
     check_labels,
-    map_tensors,
     read_samples,
-    take,
 )
 from flexure.methods.search_result import (
     BetaSearch,
@@ -47,6 +44,7 @@ from flexure.methods.search_result import (
     standard_error,
 )
 from flexure.methods.steer import Steering, steer
+from flexure.methods.store import Store
 from flexure.record import versions
 from flexure.surgery.sites import Where
 
@@ -140,7 +138,7 @@ def search_beta(
             parts = {} if resume is None else _fingerprint(model, splits, head)
         trainer = Trainer(splits, protocol, seed, device_of(model), clock, reporter)
         with steer(model, beta=1.0, example=example, where=where) as steering:
-            store = None if resume is None else FeatureStore(resume, parts | _sites(steering))
+            store = None if resume is None else Store(resume, parts | _sites(steering))
             backbone = Backbone(
                 FeatureReader(model, head), steering, splits, store, clock, reporter
             )
