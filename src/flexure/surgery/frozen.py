@@ -1,0 +1,136 @@
+"""Freezing a network but for some parameters, and undoing it.
+
+Frozen layers stay in eval mode whatever mode the caller sets, and become the light ones of
+`light.py`. What is trainable, and what optimises it, is not known here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexure.contracts import FlexureError
+from flexure.surgery.light import LIGHT
+
+__all__ = ["KeepEval", "freeze", "stay_in_eval_mode"]
+
+
+def freeze(model: nn.Module, *, trainable: Iterable[nn.Parameter]) -> Callable[[], None]:
+    """Makes everything in `model` a constant but the given parameters.
+
+    - Every other parameter gets `requires_grad` False and loses its gradient until the end (an
+      optimiser would act on it); the given ones get `requires_grad` True.
+    - A module follows the caller's mode where it holds parameters and all of them are trainable,
+      or where it lies inside such a module (the dropout of a trained head). Every other module
+      stays in eval mode, whether `train()` is called on it, on the model or on a parent, or its
+      `training` is assigned to: then it is back in eval mode as soon as it is called.
+    - Frozen convolutions and BatchNorms of exactly torch's classes keep no input for backward
+      (`light.py`): same values, gradients, parameters, state dict and printed form.
+
+    Args:
+        model: the network; changed in place. Its copies, pickled or by `copy.deepcopy`, are frozen
+            too, for good.
+        trainable: parameters of `model`; may be empty.
+
+    Returns:
+        A function that undoes all of it: `requires_grad`, gradients, modes and classes are what
+        they were, the trainable parameters' gradients excepted. A second call does nothing.
+
+    Raises:
+        FlexureError: one of `trainable` is not a parameter of the model.
+    """
+    chosen = {id(parameter): parameter for parameter in trainable}
+    strangers = chosen.keys() - {id(parameter) for parameter in model.parameters()}
+    if strangers:
+        shapes = ", ".join(str(tuple(chosen[key].shape)) for key in strangers)
+        raise FlexureError(
+            f"expected parameters of the model, got {len(strangers)} that are not its own, of "
+            f"shape {shapes}; install what they belong to first"
+        )
+    with ExitStack() as undo:
+        for parameter in model.parameters():
+            _set_trainable(parameter, id(parameter) in chosen, undo)
+        for module in _frozen_modules(model, chosen.keys()):
+            _keep_in_eval_mode(module, undo)
+            _lighten(module, undo)
+        return undo.pop_all().close
+
+
+class KeepEval:
+    """In the place of a frozen module's `train`: that module stays, its children hear the mode.
+
+    A child that is frozen has its own. Copying or pickling the module makes one for the copy.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        # Weak: a module that refers to itself would outlive its last use, with all its memory.
+        self._module = weakref.ref(module)
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        """As `nn.Module.train`, which also refuses what is not a bool."""
+        if not isinstance(mode, bool):
+            raise ValueError("training mode is expected to be boolean")
+        module = self._owner()
+        module.training = False
+        for child in module.children():
+            child.train(mode)
+        return module
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KeepEval, (self._owner(),)
+
+    def _owner(self) -> nn.Module:
+        module = self._module()
+        if module is None:
+            raise FlexureError("the module whose mode this keeps is gone; keep the module itself")
+        return module
+
+
+def stay_in_eval_mode(module: nn.Module, args: Any) -> None:
+    """Forward pre-hook of a frozen module: undoes an assignment to `module.training`."""
+    if module.training:
+        module.training = False
+
+
+def _set_trainable(parameter: nn.Parameter, trainable: bool, undo: ExitStack) -> None:
+    undo.callback(parameter.requires_grad_, parameter.requires_grad)
+    parameter.requires_grad_(trainable)
+    if not trainable and parameter.grad is not None:
+        undo.callback(setattr, parameter, "grad", parameter.grad)
+        parameter.grad = None
+
+
+def _frozen_modules(model: nn.Module, chosen: Iterable[int]) -> list[nn.Module]:
+    """All but those whose parameters, of which there are some, are all chosen, and their inside."""
+    chosen = set(chosen)
+    following: set[int] = set()
+    for module in model.modules():
+        ids = {id(parameter) for parameter in module.parameters()}
+        if ids and ids <= chosen:
+            following.update(map(id, module.modules()))
+    return [module for module in model.modules() if id(module) not in following]
+
+
+def _keep_in_eval_mode(module: nn.Module, undo: ExitStack) -> None:
+    undo.callback(setattr, module, "training", module.training)
+    module.training = False
+    attributes = module.__dict__
+    if "train" in attributes:
+        undo.callback(attributes.__setitem__, "train", attributes["train"])
+    else:
+        undo.callback(attributes.pop, "train", None)
+    attributes["train"] = KeepEval(module)
+    if not isinstance(module, torch.jit.ScriptModule):  # these refuse hooks
+        undo.callback(module.register_forward_pre_hook(stay_in_eval_mode).remove)
+
+
+def _lighten(module: nn.Module, undo: ExitStack) -> None:
+    light = LIGHT.get(type(module))
+    if light is not None and not any(p.requires_grad for p in module.parameters()):
+        undo.callback(setattr, module, "__class__", type(module))
+        module.__class__ = light
