@@ -140,7 +140,7 @@ class LowRankWeights:
                 _attach(layer.module, self.factors[path])
         else:
             for path, layer in self._each():
-                layer.module._parameters["weight"] = self._merged[path][1]
+                _exchange(layer.module, self._merged[path][1])
         self._in_place = True
 
     def withdraw(self) -> None:
@@ -158,7 +158,7 @@ class LowRankWeights:
                 _detach(layer.module)
         else:
             for path, layer in self._each():
-                layer.module._parameters["weight"] = self._merged[path][0]
+                _exchange(layer.module, self._merged[path][0])
         self._in_place = False
 
     def merge(self) -> None:
@@ -173,7 +173,7 @@ class LowRankWeights:
         merged = {}
         for path, factors in self.factors.items():
             weight = _own_weight(self.layers[path][0].module)
-            _to_device(factors, weight.device)
+            _follow(factors.parameters(), weight.device)
             with torch.no_grad():
                 merged[path] = (weight, nn.Parameter(factors(weight), requires_grad=False))
         self._merged = merged
@@ -221,7 +221,7 @@ def _own_weight(layer: nn.Module) -> nn.Parameter:
 
 
 def _attach(layer: nn.Module, factors: LowRank) -> None:
-    _to_device(factors, _own_weight(layer).device)
+    _follow(factors.parameters(), _own_weight(layer).device)
     factors.train(layer.training)
     layer._modules[CHILD] = factors
     layer.__class__ = _changed_class(type(layer))
@@ -241,9 +241,14 @@ def _check_attached(layer: WeightLayer) -> None:
         )
 
 
-def _to_device(factors: LowRank, device: torch.device) -> None:
+def _exchange(layer: nn.Module, weight: nn.Parameter) -> None:
+    _follow((weight,), _own_weight(layer).device)
+    layer._parameters["weight"] = weight
+
+
+def _follow(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
     """Follows a model that was moved meanwhile; the Parameter objects stay, for the optimiser."""
-    for parameter in factors.parameters():
+    for parameter in parameters:
         if parameter.device != device:
             parameter.data = parameter.data.to(device)
 
