@@ -14,7 +14,7 @@ import flexure
 ROOT = Path(flexure.__file__).parent
 
 FLOORS = {
-    **dict.fromkeys(("contracts", "calling", "record", "addresses", "memory"), 0),
+    **dict.fromkeys(("contracts", "calling", "record", "addresses", "memory", "progress"), 0),
     **dict.fromkeys(("units", "data"), 1),
     **dict.fromkeys(("surgery", "models"), 2),
     "train": 3,

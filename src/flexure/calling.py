@@ -5,7 +5,7 @@ Knows nothing of activations or methods.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from flexure.contracts import Batches, FlexureError
 
-__all__ = ["as_batches", "call_model", "evaluating", "logits_of", "seeded"]
+__all__ = [
+    "as_batches",
+    "call_model",
+    "evaluating",
+    "logits_of",
+    "map_tensors",
+    "rows_of",
+    "seeded",
+    "take",
+]
 
 
 def as_batches(batches: Batches) -> Batches:
@@ -40,6 +49,28 @@ def copied(example: Any) -> Any:
     if isinstance(example, tuple):
         return tuple(copied(value) for value in example)
     return example
+
+
+def map_tensors(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`x` (an `Example`) with every tensor in it changed."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, dict):
+        return {key: map_tensors(value, change) for key, value in x.items()}
+    if isinstance(x, tuple | list):
+        items = [map_tensors(value, change) for value in x]
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
+    return x
+
+
+def rows_of(leaf: Tensor) -> int | None:
+    """How many samples a tensor holds; None for a scalar."""
+    return leaf.shape[0] if leaf.dim() else None
+
+
+def take(x: Any, rows: slice, batch: int) -> Any:
+    """Some samples of a batch: rows of every tensor in it that has `batch` of them."""
+    return map_tensors(x, lambda leaf: leaf[rows] if rows_of(leaf) == batch else leaf)
 
 
 def logits_of(output: Any) -> Tensor:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexure.calling import call_model, evaluating, logits_of
+from flexure.calling import call_model, evaluating, logits_of, map_tensors, take
 from flexure.contracts import DataError, Example, FlexureError
-from flexure.methods.samples import Samples, content, map_tensors, take
+from flexure.methods.samples import Samples, content
 from flexure.surgery.preserve import preserved
 
 __all__ = ["FeatureReader", "check_head", "default_head", "device_of", "fingerprint", "head_module"]

@@ -7,13 +7,14 @@ is computed from the samples is not known here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexure.calling import map_tensors, rows_of
 from flexure.contracts import Batches, DataError
 
 __all__ = [
@@ -21,9 +22,7 @@ __all__ = [
     "check_disjoint",
     "check_labels",
     "content",
-    "map_tensors",
     "read_samples",
-    "take",
 ]
 
 _TOLERATED_OVERLAP = 0.01
@@ -167,26 +166,10 @@ def check_disjoint(first: Samples, second: Samples) -> int:
     return shared
 
 
-def map_tensors(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`x` (an `Example`) with every tensor in it changed."""
-    if isinstance(x, Tensor):
-        return change(x)
-    if isinstance(x, dict):
-        return {key: map_tensors(value, change) for key, value in x.items()}
-    if isinstance(x, tuple | list):
-        return type(x)(map_tensors(value, change) for value in x)
-    return x
-
-
 def content(tensor: Tensor) -> memoryview:
     """The bytes of a tensor's values."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
-
-
-def take(x: Any, rows: slice, batch: int) -> Any:
-    """Some samples of a batch: rows of every tensor in it that has `batch` of them."""
-    return map_tensors(x, lambda leaf: leaf[rows] if _rows(leaf) == batch else leaf)
 
 
 def _checked(item: Any, name: str, number: int) -> tuple[Any, Tensor]:
@@ -202,7 +185,7 @@ def _checked(item: Any, name: str, number: int) -> tuple[Any, Tensor]:
     if int(y.min()) < 0:
         raise DataError(f"expected labels >= 0 in {where}, got {int(y.min())}; drop such samples")
     leaves = list(_leaves(x))
-    if not any(_rows(leaf) == len(y) for leaf in leaves) or (
+    if not any(rows_of(leaf) == len(y) for leaf in leaves) or (
         isinstance(x, Tensor) and len(x) != len(y)
     ):
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves) or type(x).__name__
@@ -215,7 +198,7 @@ def _checked(item: Any, name: str, number: int) -> tuple[Any, Tensor]:
 
 def _digests(x: Any, batch: int) -> Iterator[bytes]:
     """One digest per sample, of the bytes of its row in every tensor."""
-    rows = [leaf.detach().cpu() for leaf in _leaves(x) if _rows(leaf) == batch]
+    rows = [leaf.detach().cpu() for leaf in _leaves(x) if rows_of(leaf) == batch]
     for i in range(batch):
         digest = hashlib.blake2b(digest_size=16)
         for leaf in rows:
@@ -234,10 +217,6 @@ def _leaves(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, tuple | list):
         for value in x:
             yield from _leaves(value)
-
-
-def _rows(leaf: Tensor) -> int | None:
-    return leaf.shape[0] if leaf.dim() else None
 
 
 def _shown(numbers: list[int]) -> str:

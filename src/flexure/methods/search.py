@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from torch import Tensor, nn
 
+from flexure.calling import map_tensors, take
 from flexure.contracts import Batches, DataError, Example, FlexureError
 from flexure.methods.backbone import Backbone, Clock, Dial
 from flexure.methods.comparison import Row, Trainer, compare
@@ -29,12 +30,7 @@ from flexure.methods.features import (
     head_module,
 )
 from flexure.methods.progress import Progress, ProgressReporter
-from flexure.methods.samples import (
-    Samples,
-    check_disjoint,
-    check_labels,
-    read_samples,
-)
+from flexure.methods.samples import Samples, check_disjoint, check_labels, read_samples
 from flexure.methods.search_result import (
     BetaSearch,
     FeatureInfo,

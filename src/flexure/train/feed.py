@@ -1,0 +1,134 @@
+"""The batches of one epoch: the same ones for the same epoch, from any batch on.
+
+What a batch looks like is not known here, apart from its bytes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexure.calling import map_tensors
+from flexure.contracts import Batches, DataError
+from flexure.data.batches import PreparedBatches
+from flexure.train.checkpoint import rng_state, set_rng_state
+from flexure.train.processes import Processes
+
+__all__ = ["Feed"]
+
+
+class Feed:
+    """Hands out the batches of each epoch, several at a time, and can start amid an epoch."""
+
+    def __init__(self, batches: Batches, *, at_once: int, processes: Processes) -> None:
+        self._batches = batches
+        self._at_once = at_once
+        self._processes = processes
+        self._start = self._state()
+
+    def __len__(self) -> int:
+        """Batches in an epoch; 0 where nobody knows."""
+        try:
+            return len(self._batches)  # type: ignore[arg-type]
+        except TypeError:
+            return 0
+
+    def groups(self, epoch: int, *, resumed: dict[str, Any] | None) -> Iterator[list[Any]]:
+        """The batches of an epoch, `at_once` in each list, and what remains in the last.
+
+        Args:
+            epoch: its number, from 0.
+            resumed: what `tree` returned amid this epoch; None: from its first batch.
+
+        Raises:
+            DataError: there are none, fewer than were done already, or others on other processes.
+        """
+        self._start = self._state() if resumed is None else resumed["start"]
+        self._restore(self._start)
+        _announce(self._batches, epoch)
+        batches = iter(self._batches)
+        done = 0 if resumed is None else resumed["done"]
+        if sum(1 for _ in islice(batches, done)) < done:
+            raise DataError(
+                f"expected at least the {done} batches that epoch {epoch} of the checkpoint has "
+                f"done, got fewer; train on the same data, or choose another folder"
+            )
+        if resumed is not None and done:
+            set_rng_state(resumed["now"])
+        first = True
+        while group := list(islice(batches, self._at_once)):
+            if first:
+                self._check_same(group)
+            first = False
+            yield group
+        if first and not done:
+            raise DataError("expected at least one batch in every epoch, got none")
+
+    def tree(self, done: int) -> dict[str, Any]:
+        """Where an epoch is after `done` batches, for a file; call it before the next is drawn."""
+        return {"start": self._start if done else self._state(), "done": done, "now": rng_state()}
+
+    def _state(self) -> dict[str, Any]:
+        """Of all generators that decide the order of the batches."""
+        return {"rng": rng_state(), "own": [own.get_state() for own in _generators(self._batches)]}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        set_rng_state(state["rng"])
+        for generator, own in zip(_generators(self._batches), state["own"], strict=True):
+            generator.set_state(own)
+
+    def _check_same(self, group: list[Any]) -> None:
+        processes = self._processes
+        if processes.count == 1:
+            return
+        own = [0.0] * processes.count
+        own[processes.index] = float(_checksum(group))
+        if len(set(processes.sums(own))) > 1:
+            raise DataError(
+                f"expected the same batches on all {processes.count} processes, got different "
+                f"ones; give each the whole batches in the same order (no DistributedSampler): "
+                f"each takes its own share of the rows"
+            )
+
+
+def _parts(batches: Batches) -> list[Any]:
+    """A loader and what it is made of, each once."""
+    sampler, batch_sampler, dataset = (
+        getattr(batches, name, None) for name in ("sampler", "batch_sampler", "dataset")
+    )
+    found = (batches, sampler, batch_sampler, getattr(batch_sampler, "sampler", None), dataset)
+    return list({id(part): part for part in found if part is not None}.values())
+
+
+def _announce(batches: Batches, epoch: int) -> None:
+    """Tells loaders and samplers the number of the epoch, where they ask for it."""
+    if isinstance(batches, PreparedBatches):
+        batches.epoch = epoch
+    for part in _parts(batches):
+        if callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(epoch)
+
+
+def _generators(batches: Batches) -> list[torch.Generator]:
+    """The generators that a loader or its samplers own."""
+    found = [getattr(part, "generator", None) for part in _parts(batches)]
+    own = {id(g): g for g in found if isinstance(g, torch.Generator)}
+    return list(own.values())
+
+
+def _checksum(group: list[Any]) -> int:
+    value = 0
+
+    def add(leaf: Tensor) -> Tensor:
+        nonlocal value
+        flat = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        value = zlib.crc32(flat.numpy().data, value)
+        return leaf
+
+    map_tensors(group, add)
+    return value

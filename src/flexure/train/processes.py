@@ -1,0 +1,151 @@
+"""Training over several processes: shares of a batch, and sums, means and copies across them.
+
+Every process holds the whole model. What is computed from a share is not known here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexure.contracts import DataError
+
+__all__ = ["Processes", "current_processes"]
+
+_BUCKET = 2**23
+"""Elements sent at once (32 MiB of float32): enough to hide the latency, little to hold twice."""
+
+_SENT_AS = {
+    torch.bool: torch.uint8,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
+"""Dtypes that a sum would round, or that some backends cannot send."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together.
+
+    Attributes:
+        index: of this process, from 0.
+        count: of processes.
+        device: where tensors must be to be sent; None: anywhere.
+    """
+
+    index: int = 0
+    count: int = 1
+    device: torch.device | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes and reports."""
+        return self.index == 0
+
+    def share(self, rows: int) -> slice:
+        """The contiguous rows of a global batch that are this process's, at most one more or less.
+
+        Raises:
+            DataError: there are fewer rows than processes.
+        """
+        if rows < self.count:
+            raise DataError(
+                f"expected at least one sample for each of the {self.count} processes in every "
+                f"batch, got {rows}; drop the last batch, or use larger batches or fewer processes"
+            )
+        return self.part(rows)
+
+    def part(self, rows: int) -> slice:
+        """Like `share`, but possibly empty."""
+        return slice(rows * self.index // self.count, rows * (self.index + 1) // self.count)
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Sums of numbers over the processes, in float64; the same bits on each."""
+        if self.count == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over the processes, without a graph."""
+        total = value.detach().clone()
+        self.sum_in_place([total])
+        return total
+
+    def sum_in_place(self, tensors: Iterable[Tensor]) -> None:
+        """Replaces each tensor by its sum over the processes."""
+        if self.count > 1:
+            _in_buckets(tensors, torch.distributed.all_reduce, self.device)
+
+    def average_in_place(self, tensors: Iterable[Tensor]) -> None:
+        """Replaces floating-point tensors by their means over the processes, others by the first's.
+
+        Arguments:
+            tensors: of the same shapes and dtypes on every process.
+        """
+        if self.count == 1:
+            return
+        given = list(tensors)
+        _in_buckets([t for t in given if t.is_floating_point()], self._average, self.device)
+        self.copy_first([t for t in given if not t.is_floating_point()])
+
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Gives every process the values of the first."""
+        if self.count > 1:
+            _in_buckets(tensors, lambda flat: torch.distributed.broadcast(flat, 0), self.device)
+
+    def wait(self) -> None:
+        """Returns when every process is here."""
+        self.sums([0.0])
+
+    def _average(self, flat: Tensor) -> None:
+        torch.distributed.all_reduce(flat)
+        flat /= self.count
+
+
+def current_processes() -> Processes:
+    """The processes that a launcher (`accelerate launch`, `torchrun`) or the caller has started."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        if "LOCAL_RANK" not in os.environ:
+            return Processes()
+        from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
+
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        if not distributed.is_initialized():
+            return Processes()
+    nccl = distributed.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
+    return Processes(distributed.get_rank(), distributed.get_world_size(), device)
+
+
+def _in_buckets(
+    tensors: Iterable[Tensor], change: Callable[[Tensor], object], device: torch.device | None
+) -> None:
+    """Applies a collective operation to many tensors, few of them at a time as one flat tensor."""
+    for bucket in _buckets(tensors):
+        sent_as = _SENT_AS.get(bucket[0].dtype, bucket[0].dtype)
+        flat = torch.cat([t.detach().reshape(-1) for t in bucket]).to(device, sent_as)
+        change(flat)
+        pieces = torch.split(flat, [t.numel() for t in bucket])
+        for tensor, piece in zip(bucket, pieces, strict=True):
+            tensor.detach().copy_(piece.view_as(tensor))
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype and device, until a bucket is full."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        alike = not bucket or (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
+        if not alike or sum(t.numel() for t in bucket) + tensor.numel() > _BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
