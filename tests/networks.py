@@ -135,10 +135,15 @@ class PatchMerging(nn.Module):
 
 
 class Swin(nn.Module):
-    """Shaped like torchvision's Swin-T with ReLU, at any size."""
+    """Shaped like torchvision's Swin with ReLU, at any size."""
 
     def __init__(
-        self, channels: int = 8, depths: tuple[int, ...] = (2, 2), window: int = 2, patch: int = 2
+        self,
+        channels: int = 8,
+        depths: tuple[int, ...] = (2, 2),
+        window: int = 2,
+        patch: int = 2,
+        head_width: int = 8,
     ) -> None:
         super().__init__()
         stem = nn.Conv2d(3, channels, patch, patch)
@@ -147,7 +152,7 @@ class Swin(nn.Module):
             if stage:
                 layers.append(PatchMerging(channels))
                 channels *= 2
-            heads = max(1, channels // 8)
+            heads = max(1, channels // head_width)
             layers += [SwinBlock(channels, heads, window, i % 2 == 1) for i in range(depth)]
         self.stem = stem
         self.norm0 = nn.LayerNorm(stem.out_channels)
@@ -166,3 +171,15 @@ def resnet18(width: int = 64) -> ResNet:
 
 def resnet50(width: int = 64) -> ResNet:
     return ResNet(Bottleneck, [3, 4, 6, 3], width)
+
+
+def resnet152(width: int = 64) -> ResNet:
+    return ResNet(Bottleneck, [3, 8, 36, 3], width)
+
+
+def swin_t() -> Swin:
+    return Swin(96, (2, 2, 6, 2), window=7, patch=4, head_width=32)
+
+
+def swin_s() -> Swin:
+    return Swin(96, (2, 2, 18, 2), window=7, patch=4, head_width=32)

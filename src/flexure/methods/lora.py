@@ -63,8 +63,7 @@ class LoRA:
                 raise FlexureError(f"expected {key} to be a number, got {value!r}")
             if not (isfinite(value) and value > 0):
                 raise FlexureError(f"expected {key} to be finite and above 0, got {value!r}")
-        if self.where is not None and not isinstance(self.where, str) and not callable(self.where):
-            object.__setattr__(self, "where", tuple(self.where))
+        object.__setattr__(self, "where", _checked(self.where))
 
     def install(
         self, model: nn.Module, *, example: Example, where: Any, axis: Any, head: str | None
@@ -84,7 +83,7 @@ class LoRA:
         """
         if where is not None and self.where is not None:
             raise SiteError("where= is given twice, to LoRA and to adapt; give it once")
-        where = self.where if where is None else where
+        where = _checked(self.where if where is None else where)
         layers = _choose(weight_layers(model, outside=head), where, head) if self.rank else ()
         weights = LowRankWeights(model, layers, rank=self.rank, alpha=self.alpha)
         return InstalledLoRA(weights, complete=where is None, head=head)
@@ -178,6 +177,17 @@ class InstalledLoRA:
             for path, factors in self.weights.factors.items()
             for name, parameter in factors.named_parameters()
         }
+
+
+def _checked(where: Layers) -> Layers:
+    """`where`, with a tuple for any other sequence: what can be hashed, and compared."""
+    if where is None or isinstance(where, str) or callable(where):
+        return where
+    if isinstance(where, Sequence) and all(isinstance(pattern, str) for pattern in where):
+        return tuple(where)
+    raise FlexureError(
+        f"expected where to be patterns of layers' paths, or a predicate, got {where!r}"
+    )
 
 
 def _choose(
