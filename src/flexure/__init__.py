@@ -17,10 +17,14 @@ from flexure.contracts import (
     SiteError,
 )
 from flexure.data import load_data
+from flexure.methods.adapt import Adaptation, adapt
+from flexure.methods.baselines import FullFinetune, LinearProbe, SteeredProbe
 from flexure.methods.load import load_adapter
+from flexure.methods.lora import LoRA
 from flexure.methods.search import search_beta
 from flexure.methods.search_result import BetaSearch
 from flexure.methods.steer import Steering, steer
+from flexure.methods.trainable_ct import TrainableCT
 from flexure.models import load_model
 from flexure.surgery import SiteReport, sites
 from flexure.train.fit import History, fit
@@ -28,17 +32,24 @@ from flexure.train.fit import History, fit
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adaptation",
     "AdapterError",
     "AddressError",
     "BetaSearch",
     "DataError",
     "FlexureError",
+    "FullFinetune",
     "History",
+    "LinearProbe",
+    "LoRA",
     "LoadedModel",
     "MissingExtraError",
     "SiteError",
     "SiteReport",
+    "SteeredProbe",
     "Steering",
+    "TrainableCT",
+    "adapt",
     "fit",
     "load_adapter",
     "load_data",

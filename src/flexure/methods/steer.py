@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from flexure.contracts import AdapterError, Example, SiteError
-from flexure.surgery.adapter import AdapterFile, check_fits, write_adapter
+from flexure.methods.head import stored_head
+from flexure.methods.placing import unit_arguments
+from flexure.surgery.adapter import AdapterFile, write_adapter
 from flexure.surgery.calibrate import Calibration, Match
 from flexure.surgery.census import sites
 from flexure.surgery.install import Installation, Plan, install, plan
-from flexure.surgery.replace import linear_of, replace_module
+from flexure.surgery.plan_file import check_fits, plan_from_json, plan_to_json
+from flexure.surgery.replace import replace_module
 from flexure.surgery.sites import Site, SiteReport, Where
-from flexure.units.catalogue import read_module
 from flexure.units.functional import balanced_c, check_dial
 from flexure.units.unit import CTU
 
@@ -221,7 +223,8 @@ class Steering:
                 )
             tensors.update({f"head.{key}": value for key, value in linear.state_dict().items()})
         settings = {"beta": self._beta, "c": self._c, "match": self._match, "head": head}
-        write_adapter(path, AdapterFile("steer", settings, self._plan, self.report, tensors))
+        structure = plan_to_json(self._plan, self.report)
+        write_adapter(path, AdapterFile("steer", settings, structure, tensors))
 
     def remove(self) -> None:
         """Restores the model exactly; a second call does nothing."""
@@ -246,20 +249,12 @@ class Steering:
         return f"Steering(beta={self._beta}, c={self._c}, sites={len(self.units)}{calibrated})"
 
     def _load_head(self, path: str, tensors: Mapping[str, Tensor]) -> None:
-        if "head.weight" not in tensors:
-            raise AdapterError("the adapter's tensors lack head.weight: the file is damaged")
-        if path not in dict(self.model.named_modules()):
-            raise AdapterError(
-                f"the adapter's head belongs at {path!r}; the model has no such module"
-            )
-        linear = linear_of(tensors["head.weight"], tensors.get("head.bias"))
-        old = self.model.get_submodule(path)
-        if isinstance(old, nn.Linear) and old.in_features != linear.in_features:
-            raise AdapterError(
-                f"the adapter's head takes {linear.in_features} features, the model's {path!r} "
-                f"takes {old.in_features}: another model"
-            )
-        self._put_back_head = replace_module(self.model, path, linear)
+        found = {
+            name.removeprefix("head."): tensor
+            for name, tensor in tensors.items()
+            if name in ("head.weight", "head.bias")
+        }
+        self._put_back_head = replace_module(self.model, path, stored_head(self.model, path, found))
         self.head = path
 
     def _calibrate(self, inputs: Iterable[Any], match: Match) -> None:
@@ -274,8 +269,9 @@ def load_steering(model: nn.Module, stored: AdapterFile) -> Steering:
     Raises:
         AdapterError: the model has other sites than the file, listed; or a value is missing.
     """
-    check_fits(model, stored)
-    values = {site.name: _stored_values(stored, site) for site in stored.plan.sites}
+    what, report = plan_from_json(stored.structure)
+    check_fits(model, what, report)
+    values = {site.name: _stored_values(stored, site) for site in what.sites}
     settings = stored.settings
     if "beta" not in settings or "c" not in settings:
         raise AdapterError("the adapter's settings lack beta or c: the file is damaged")
@@ -283,15 +279,13 @@ def load_steering(model: nn.Module, stored: AdapterFile) -> Steering:
     betas = {name: found["beta"] for name, found in values.items()}
     cs = {name: found["c"] for name, found in values.items()}
     _check_dials(betas, cs)
-    placed = _place(model, stored.plan, betas, cs)
+    placed = _place(model, what, betas, cs)
     try:
         for name, unit in placed.units.items():
             if "shift" in values[name]:
                 unit.correct(values[name]["scale"], values[name]["shift"])
                 unit.to(device=next((p.device for p in model.parameters()), torch.device("cpu")))
-        steering = Steering(
-            model, stored.report, stored.plan, placed, settings["beta"], settings["c"]
-        )
+        steering = Steering(model, report, what, placed, settings["beta"], settings["c"])
         steering._match = settings.get("match")
         if settings.get("head") is not None:
             steering._load_head(settings["head"], stored.tensors)
@@ -332,21 +326,8 @@ def _place(
     cs: Mapping[str, float | str],
 ) -> Installation[CTU]:
     def make(site: Site, original: nn.Module | None) -> CTU:
-        params = dict(site.params)
-        if original is not None:
-            # Of a loaded adapter too: a learned slope is the model's own, and is not stored.
-            found = read_module(original)
-            params = params if found is None else found[1]
-        return CTU(
-            site.activation,
-            beta=betas[site.name],
-            c=cs[site.name],
-            params=params,
-            axis=site.axis,
-            channels=site.channels,
-            inplace=site.inplace,
-            name=site.name,
-        )
+        arguments = unit_arguments(site, original)
+        return CTU(**arguments, beta=betas[site.name], c=cs[site.name])
 
     return install(model, what, make)
 

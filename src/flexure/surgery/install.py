@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 from torch import nn
 
 from flexure.contracts import SiteError
+from flexure.surgery.replace import HOOKS
 from flexure.surgery.routing import Enter, Guard, Leave, RoutedUnits
 from flexure.surgery.sites import Site, SiteReport
 
@@ -139,7 +140,7 @@ def _swap(model: nn.Module, site: Site, unit: nn.Module, undo: ExitStack) -> Non
     """Puts `unit` under every name of the site's module, with that module's hooks and mode."""
     original = model.get_submodule(site.modules[0])
     # The same dictionaries, so that a handle made before or after removes its hook from both.
-    for key in _HOOKS:
+    for key in HOOKS:
         unit.__dict__[key] = original.__dict__[key]
     unit.train(original.training)
     for path in site.modules:
@@ -155,9 +156,6 @@ def _hand_back(original: nn.Module, unit: nn.Module) -> None:
     original.train(unit.training)
     for key in original._parameters.keys() & unit._parameters.keys():
         original._parameters[key] = unit._parameters[key]
-
-
-_HOOKS = tuple(key for key in nn.Module().__dict__ if "_hook" in key)
 
 
 def _route(

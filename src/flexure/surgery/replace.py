@@ -8,30 +8,48 @@ from torch import Tensor, nn
 
 from flexure.contracts import AdapterError
 
-__all__ = ["linear_of", "replace_module"]
+__all__ = ["HOOKS", "linear_of", "replace_module"]
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> Callable[[], None]:
     """Puts `new` at `path`, in the mode, on the device and in the dtype of what was there.
 
+    It takes every place of a module that has several, and the hooks of what was there.
+
     Returns:
-        A function that puts the old module back; a second call does nothing.
+        A function that puts the old module back, in the mode of the new one; a second call does
+        nothing.
 
     Raises:
         AttributeError: the model has no module at `path`.
     """
-    parent, _, name = path.rpartition(".")
-    owner, old = model.get_submodule(parent), model.get_submodule(path)
+    old = model.get_submodule(path)
+    places = [
+        (children, name)
+        for children in (module._modules for module in model.modules())
+        for name, child in children.items()
+        if child is old
+    ]
     like = next(iter((*old.parameters(), *model.parameters())), None)
     if like is not None:
         new.to(device=like.device, dtype=like.dtype)
-    owner._modules[name] = new.train(old.training)
+    # The same dictionaries, so that a handle made before or after removes its hook from both.
+    for key in HOOKS:
+        new.__dict__[key] = old.__dict__[key]
+    new.train(old.training)
+    for children, name in places:
+        children[name] = new
 
     def put_back() -> None:
-        if owner._modules.get(name) is new:
-            owner._modules[name] = old.train(new.training)
+        for children, name in places:
+            if children.get(name) is new:
+                children[name] = old.train(new.training)
 
     return put_back
+
+
+HOOKS = tuple(key for key in nn.Module().__dict__ if "_hook" in key)
+"""Attributes of a module that hold hooks."""
 
 
 def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -1,0 +1,169 @@
+"""What Trainable CT is compared with: the probe, the steered probe, and full finetuning.
+
+LoRA is `lora.py`'s; the comparison itself is `tune.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from flexure.contracts import Example
+from flexure.methods.finetune import NothingInstalled, Weights, check_names, check_unused
+from flexure.methods.placing import Maker, PlacedUnits, load_units, place_units
+from flexure.methods.trainable_ct import check_rate
+from flexure.surgery.sites import Site
+from flexure.units.functional import check_dial
+from flexure.units.unit import CTU
+
+__all__ = ["FullFinetune", "LinearProbe", "SteeredProbe"]
+
+_HEAD_RATE = 1e-3
+"""Of methods that train the head alone, whose own rate is never used."""
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """Trains the head alone, on the frozen network."""
+
+    name: ClassVar[str] = "linear_probe"
+    freezes: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = _HEAD_RATE
+
+    def install(
+        self,
+        model: nn.Module,
+        *,
+        example: Example,
+        where: Any = None,
+        axis: Any = None,
+        head: str | None = None,
+    ) -> NothingInstalled:
+        """Changes nothing.
+
+        Raises:
+            FlexureError: `where` or `axis` is given.
+        """
+        check_unused(self.name, where, axis)
+        return NothingInstalled()
+
+    def load(
+        self, model: nn.Module, structure: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> NothingInstalled:
+        """Changes nothing.
+
+        Raises:
+            AdapterError: the file holds tensors.
+        """
+        check_names((), tensors)
+        return NothingInstalled()
+
+
+@dataclass(frozen=True)
+class SteeredProbe:
+    """Trains the head of a network steered to a constant dial, as Curvature Tuning does.
+
+    Attributes:
+        beta: the dial of every site, in [0, 1].
+        c: the mixture in [0, 1] (0.5 in the paper), or `"balanced"`.
+
+    Raises:
+        FlexureError: beta or c outside [0, 1] or nan.
+    """
+
+    name: ClassVar[str] = "steered_probe"
+    freezes: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = _HEAD_RATE
+
+    beta: float
+    c: float | str = 0.5
+
+    def __post_init__(self) -> None:
+        check_dial(self.beta, self.c)
+
+    def install(
+        self,
+        model: nn.Module,
+        *,
+        example: Example,
+        where: Any = None,
+        axis: Any = None,
+        head: str | None = None,
+    ) -> PlacedUnits:
+        """Puts a unit with the constant dial at every chosen site outside the head.
+
+        Raises:
+            SiteError: no site, or one that cannot be steered.
+        """
+        return place_units(model, self._maker, example=example, where=where, axis=axis, head=head)
+
+    def load(
+        self, model: nn.Module, structure: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> PlacedUnits:
+        """Puts the stored units into `model`.
+
+        Raises:
+            AdapterError: the model has other sites, or the file is damaged.
+        """
+        return load_units(model, self._maker, structure, tensors)
+
+    def _maker(self, chosen: tuple[Site, ...]) -> Maker:
+        def make(site: Site, arguments: dict[str, Any]) -> CTU:
+            return CTU(**arguments, beta=self.beta, c=self.c)
+
+        return make
+
+
+@dataclass(frozen=True)
+class FullFinetune:
+    """Trains every weight, in train mode; the original weights and buffers are kept aside.
+
+    Attributes:
+        learning_rate: for every weight but the head's, with Adam.
+
+    Raises:
+        FlexureError: the learning rate is not a positive number.
+    """
+
+    name: ClassVar[str] = "full_finetune"
+    freezes: ClassVar[bool] = False
+
+    learning_rate: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_rate(self.learning_rate)
+
+    def install(
+        self,
+        model: nn.Module,
+        *,
+        example: Example,
+        where: Any = None,
+        axis: Any = None,
+        head: str | None = None,
+    ) -> Weights:
+        """Gives every weight outside the head a copy of its values to train.
+
+        Raises:
+            FlexureError: `where` or `axis` is given.
+        """
+        check_unused(self.name, where, axis)
+        weights = Weights(model, head)
+        weights.insert()
+        return weights
+
+    def load(
+        self, model: nn.Module, structure: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Weights:
+        """Gives every weight and buffer outside the head the stored values.
+
+        Raises:
+            AdapterError: the model has other weights, listed; or the file is damaged.
+        """
+        weights = Weights(model, structure.get("head"))
+        weights.fill(tensors)
+        weights.insert()
+        return weights

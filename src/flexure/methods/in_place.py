@@ -1,0 +1,124 @@
+"""Which adaptation of a model is in place, and whether a first backward reaches all it trains.
+
+What an adaptation is, is `adapt.py`'s. Nothing here keeps a model alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from flexure.contracts import FlexureError
+
+__all__ = ["InPlace", "Mark", "adaptation_in_place", "forget", "mark", "names_taken", "remember"]
+
+
+class InPlace(Protocol):
+    """What a mark needs of an adaptation."""
+
+    def check_gradients(self) -> bool:
+        """Whether gradients have arrived; raises if only some have."""
+        ...
+
+
+def adaptation_in_place(model: nn.Module) -> Any:
+    """The adaptation that is in place in `model`, None if there is none.
+
+    Raises:
+        FlexureError: the model is a copy of an adapted one, which stays as it is.
+    """
+    for hook in model._forward_hooks.values():
+        if isinstance(hook, Mark):
+            if hook.owner is None:
+                raise FlexureError(
+                    "expected a model whose adaptation can be changed, got a copy of an adapted "
+                    "model, which stays adapted; copy the model while its adaptation is disabled"
+                )
+            return hook.owner
+    return None
+
+
+def names_taken(model: nn.Module) -> list[str]:
+    """The names of the model's adaptations, in place or disabled."""
+    return sorted(_NAMED.get(model, {}))
+
+
+def remember(model: nn.Module, name: str, adaptation: Any) -> None:
+    """Takes a name, for as long as the adaptation lives."""
+    _NAMED.setdefault(model, WeakValueDictionary())[name] = adaptation
+
+
+def forget(model: nn.Module, name: str) -> None:
+    """Gives a name back."""
+    if model in _NAMED:
+        _NAMED[model].pop(name, None)
+
+
+_NAMED: WeakKeyDictionary[nn.Module, WeakValueDictionary[str, Any]] = WeakKeyDictionary()
+
+
+def mark(model: nn.Module, adaptation: InPlace) -> Callable[[], None]:
+    """Marks the adaptation as the one in place, and watches its first backward.
+
+    Returns:
+        A function that takes the mark off.
+    """
+    return model.register_forward_hook(Mark(adaptation)).remove
+
+
+class Mark:
+    """Forward hook of an adapted model's root; its gradients are checked at the first backward.
+
+    Inert while compiling, exporting, tracing and inside `torch.func`, and in copies of the model.
+    """
+
+    def __init__(self, owner: InPlace | None) -> None:
+        self.owner = owner
+        self.done = False
+        self.queued = False
+
+    def __getstate__(self) -> Mapping[str, Any]:
+        """Without the owner: a copy of the model is nobody's."""
+        return {"owner": None, "done": True, "queued": False}
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Waits for the backward of a training step's output."""
+        if torch.compiler.is_compiling() or self.done or not torch.is_grad_enabled():
+            return
+        if torch._C._get_tracing_state() is not None:
+            return
+        if torch._C._are_functorch_transforms_active():
+            return
+        self.queued = False
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._queue)  # type: ignore[no-untyped-call]
+
+    def _queue(self, gradient: Tensor) -> None:
+        if not self.queued:
+            self.queued = True
+            # The gradients of parameters arrive later in the same backward: look when it ends.
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._look)
+
+    def _look(self) -> None:
+        self.queued = False
+        self.done = self.done or self.owner is None or self.owner.check_gradients()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in a model's output: itself, or in lists, tuples, dicts and attributes."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+    else:
+        values = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+        for value in values.values():
+            if isinstance(value, (Tensor, list, tuple)):
+                yield from _tensors(value)
