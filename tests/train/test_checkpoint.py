@@ -411,10 +411,12 @@ def test_loading_copies():
     problem, other = (Problem("Adam", {}, torch.float32) for _ in range(2))
     problem.step(0)
     tree = optimizer_tree(problem.optimizer)
-    kept = copy.deepcopy(tree)
+    kept, groups = copy.deepcopy(tree), list(other.optimizer.param_groups)
     load_optimizer_tree(other.optimizer, tree)
     other.step(1)
     assert identical(tree, kept)
+    # Who set rates in these dictionaries before goes on doing so.
+    assert all(a is b for a, b in zip(groups, other.optimizer.param_groups, strict=True))
 
 
 def test_an_optimiser_before_its_first_step():

@@ -141,12 +141,12 @@ def load_optimizer_tree(optimizer: Optimizer, tree: Mapping[str, Any]) -> None:
     """
     _check_same(optimizer, tree)
     parameters, counts = _parameters(optimizer), iter(range(len(_parameters(optimizer))))
-    before = [dict(group) for group in optimizer.param_groups]
-    groups = [
+    groups = optimizer.param_groups
+    stored = [
         {**group, "params": [next(counts) for _ in group["params"]]} for group in tree["groups"]
     ]
     state = {entry["of"]: entry["values"] for entry in tree["state"]}
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({"state": state, "param_groups": stored})
     # torch casts what it loads to the parameter's dtype and device (all but `step`); scalars that
     # are kept in float32 or on the CPU beside it would make another next step.
     for entry in tree["state"]:
@@ -155,11 +155,12 @@ def load_optimizer_tree(optimizer: Optimizer, tree: Mapping[str, Any]) -> None:
             key: _placed(value, None if owner is None or key in entry["apart"] else owner.device)
             for key, value in entry["values"].items()
         }
-    for group, own in zip(optimizer.param_groups, before, strict=True):
-        for key, value in group.items():
-            if key != "params" and isinstance(value, Tensor):
-                device = own[key].device if isinstance(own.get(key), Tensor) else None
-                group[key] = _placed(value, device)
+    # The same dictionaries as before: schedules hold them.
+    for group, loaded in zip(groups, optimizer.param_groups, strict=True):
+        own = dict(group)
+        group.clear()
+        group.update({key: _beside(value, own.get(key)) for key, value in loaded.items()})
+    optimizer.param_groups = groups
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
@@ -201,6 +202,11 @@ def _in(value: Any) -> Iterator[Tensor]:
 def _placed(value: Any, device: torch.device | None) -> Any:
     """A copy of `value`, its tensors on `device`; None: where they are."""
     return _map_tensors(value, lambda tensor: tensor.detach().to(device, copy=True))
+
+
+def _beside(value: Any, own: Any) -> Any:
+    """A setting; a tensor goes where the optimiser's own is."""
+    return value.to(own.device) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
 
 
 def _check_same(optimizer: Optimizer, tree: Mapping[str, Any]) -> None:
