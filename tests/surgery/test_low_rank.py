@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from flexure.contracts import SiteError
 from flexure.surgery.low_rank import LowRank, LowRankWeights
 from flexure.surgery.weight_layers import LAYER_KINDS, weight_layers
-from tests.networks import Swin, resnet18
+from tests.networks import BasicBlock, Swin
 
 
 def change(model: nn.Module, rank: int = 2, learned: float = 0.1) -> LowRankWeights:
@@ -114,7 +114,7 @@ class Attends(nn.Module):
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "resnet": (lambda: resnet18(4), (2, 3, 32, 32)),
+    "convolutions": (lambda: BasicBlock(3, 4, 2), (2, 3, 6, 6)),
     "swin": (lambda: Swin(depths=(1, 1)), (2, 3, 8, 8)),
     "attention": (Attends, (2, 3, 8)),
 }
@@ -353,6 +353,40 @@ def test_export(case: tuple[nn.Module, Tensor]) -> None:
     assert {f"{path}.low_rank.A" for path in weights.factors} <= exported.state_dict.keys()
 
 
+WORKER = """
+import os, sys, torch
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+)
+model, x = torch.load(f"{folder}/given.pt", weights_only=False)
+wrapped = torch.nn.parallel.DistributedDataParallel(model)
+wrapped(x[rank::2]).square().mean().backward()
+torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/{rank}.pt")
+torch.distributed.barrier()
+os._exit(0)  # gloo may abort where one process tears down before the other
+"""
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
+    model, x = Swin(depths=(1, 1)).eval(), torch.randn(4, 3, 8, 8)
+    change(model)
+    torch.save((model, x), tmp_path / "given.pt")
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), str(rank)])
+        for rank in range(2)
+    ]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    model(x).square().mean().backward()
+    for rank in range(2):
+        grads = torch.load(tmp_path / f"{rank}.pt")
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == ("low_rank" in name)
+            torch.testing.assert_close(grads[name], parameter.grad)
+
+
 class Tied(nn.Module):
     """A decoder that shares its weight: with another Linear, or with an embedding, as BERT's."""
 
@@ -452,6 +486,12 @@ def already() -> nn.Module:
     return layer
 
 
+def peft_layer() -> nn.Module:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=1, target_modules=["0"])
+    return peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), config).base_model.model[0]
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "meta": (meta, "meta device"),
     "integers": (integers, "int8"),
@@ -465,6 +505,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "attribute": (named, "attribute named 'low_rank'"),
     "script": (lambda: torch.jit.script(nn.Linear(2, 2)), "TorchScript"),
     "quantized": (quantized, "quantised"),
+    "peft": (peft_layer, "PEFT adapts it already"),
     "already": (already, "already"),
 }
 

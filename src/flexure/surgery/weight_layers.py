@@ -49,6 +49,12 @@ LAYER_KINDS: tuple[LayerKind, ...] = (
         "WeightedQuantizedModule",
         refusal="its weight is quantised",
     ),
+    LayerKind(
+        "peft",
+        "peft.tuners.tuners_utils",
+        "BaseTunerLayer",
+        refusal="PEFT adapts it already; merge_and_unload() that first",
+    ),
     LayerKind("linear", "torch.nn", "Linear"),
     LayerKind("conv1d", "torch.nn", "Conv1d"),
     LayerKind("conv2d", "torch.nn", "Conv2d"),
