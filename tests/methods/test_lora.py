@@ -6,12 +6,14 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import flexure
 from flexure.contracts import AdaptationMethod, AdapterError, FlexureError, SiteError
 from flexure.methods.lora import InstalledLoRA, Layers, LoRA
 from tests.networks import Swin, resnet18
@@ -429,3 +431,63 @@ def test_a_resnet_adapts_beside_its_head() -> None:
     installed = place(model, head="fc")
     assert len(installed.structure()["layers"]) == 20
     assert type(model.fc) is nn.Linear
+
+
+def test_through_adapt_trained_switched_stored_and_frozen(tmp_path: Path) -> None:
+    model = Swin(depths=(1, 1)).eval()
+    other, x = copy.deepcopy(model), torch.randn(6, 3, 8, 8)
+    labels = torch.arange(6) % 3
+    before = model(x)
+    adaptation = flexure.adapt(model, LoRA(rank=2), example=x, classes=3)
+    model.train()
+    optimizer = torch.optim.Adam(adaptation.parameter_groups())
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), labels)
+        loss.backward()
+        assert adaptation.check_gradients()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    changed = model(x).detach()
+    adaptation.save(tmp_path)
+    loaded = flexure.load_adapter(other, tmp_path)
+    assert torch.equal(other(x), changed)
+    assert loaded.count == adaptation.count == 904
+    with adaptation.disable():
+        assert torch.equal(model(x), before)
+    adaptation.freeze()
+    assert torch.equal(model(x), changed)
+    assert not any(p.requires_grad for p in model.parameters())
+    adaptation.remove()
+    assert torch.equal(model(x), before)
+
+
+def test_the_seed_of_adapt_draws_the_factors() -> None:
+    def first(seed: int) -> Tensor:
+        model = Small()
+        flexure.adapt(model, LoRA(), example=X, head="head.1", seed=seed)
+        return model.first.low_rank.A.detach()
+
+    torch.manual_seed(1)
+    drawn = first(3)
+    torch.manual_seed(2)
+    assert torch.equal(drawn, first(3))
+    assert not torch.equal(drawn, first(4))
+
+
+def test_rank_0_and_the_probe_train_the_same() -> None:
+    trained = []
+    for method in (LoRA(rank=0), flexure.LinearProbe()):
+        torch.manual_seed(0)
+        model = Small()
+        adaptation = flexure.adapt(model, method, example=X, head="head.1")
+        optimizer = torch.optim.Adam(adaptation.parameter_groups())
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(X).square().sum().backward()
+            optimizer.step()
+        assert adaptation.count == 0
+        trained.append(model(X).detach())
+    assert torch.equal(*trained)
