@@ -111,14 +111,8 @@ def put_in_place(
     if before is not None:
         before.disable()
     try:
-        with ExitStack() as undo:
-            head, install = parts()
-            head.insert()
-            undo.callback(head.withdraw, keep_modes=True)
-            installed = install()
-            undo.callback(installed.withdraw)
-            adaptation = Adaptation(model, method, head, installed, name)
-            undo.pop_all()
+        head, install = parts()
+        adaptation = Adaptation(model, method, head, install, name)
     except BaseException:
         if before is not None:
             before.enable()
@@ -141,11 +135,12 @@ class Adaptation:
         model: nn.Module,
         method: AdaptationMethod,
         head: Head,
-        installed: InstalledMethod,
+        install: Callable[[], InstalledMethod],
         name: str,
     ) -> None:
         self.model, self.method, self.name = model, method, name
-        self._head, self._installed = head, installed
+        self._head = head
+        self._install: Callable[[], InstalledMethod] | None = install
         self._frozen = self._removed = False
         self._undo: ExitStack | None = None
         self._put_in()
@@ -325,11 +320,11 @@ class Adaptation:
     def share(self) -> str:
         """How many numbers are trained, of how many, in one line."""
         head = _numbers(self._head_parameters().values())
-        trained = self.count + head
+        percent = 100 * (self.count + head) / self._total
         return (
             f"trainable: {self.count:,} + {head:,} head of {self._total:,} parameters "
-            f"({trained / self._total:.2%})"
-        ).replace("%)", " %)")
+            f"({percent:.2f} %)"
+        )
 
     def __repr__(self) -> str:
         state = "removed" if self._removed else "in place" if self.active else "disabled"
@@ -351,8 +346,12 @@ class Adaptation:
         if self._undo is not None:
             return
         with ExitStack() as undo:
+            if self.method.freezes or self._frozen:
+                undo.callback(_set_modes, [(m, m.training) for m in self.model.modules()])
             self._head.insert()
-            undo.callback(self._head.withdraw, keep_modes=self.method.freezes)
+            undo.callback(self._head.withdraw)
+            if self._install is not None:
+                self._installed, self._install = self._install(), None
             self._installed.insert()
             undo.callback(self._installed.withdraw)
             if self.method.freezes or self._frozen:
@@ -391,6 +390,11 @@ class Switch:
             now.disable()
         if self._before is not None and not self._before._removed:
             self._before.enable()
+
+
+def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
 
 
 def _numbers(parameters: Iterable[nn.Parameter]) -> int:

@@ -30,7 +30,6 @@ class Head:
     def __init__(self, model: nn.Module, path: str, module: nn.Module) -> None:
         self.path, self.module = path, module
         self._model = model
-        self._modes: list[tuple[nn.Module, bool]] = []
         self._put_back: Callable[[], None] | None = None
 
     @property
@@ -41,22 +40,13 @@ class Head:
     def insert(self) -> None:
         """Puts it in place; in place: does nothing."""
         if self._put_back is None:
-            own = self._model.get_submodule(self.path)
-            self._modes = [(module, module.training) for module in own.modules()]
             self._put_back = replace_module(self._model, self.path, self.module)
 
-    def withdraw(self, *, keep_modes: bool = False) -> None:
-        """Puts the model's own head back; not in place: does nothing.
-
-        Args:
-            keep_modes: whether the model's head has the modes it had, instead of the trained one's.
-        """
-        if self._put_back is None:
-            return
-        put_back, self._put_back = self._put_back, None
-        put_back()
-        for module, training in self._modes if keep_modes else ():
-            module.training = training
+    def withdraw(self) -> None:
+        """Puts the model's own head back; not in place: does nothing."""
+        if self._put_back is not None:
+            self._put_back()
+            self._put_back = None
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file must hold of it."""

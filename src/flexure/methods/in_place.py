@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flexure.contracts import FlexureError
+from flexure.surgery.routing import run_as_python
 
 __all__ = ["InPlace", "Mark", "adaptation_in_place", "forget", "mark", "names_taken", "remember"]
 
@@ -29,14 +30,22 @@ def adaptation_in_place(model: nn.Module) -> Any:
     """The adaptation that is in place in `model`, None if there is none.
 
     Raises:
-        FlexureError: the model is a copy of an adapted one, which stays as it is.
+        FlexureError: the model is a copy of an adapted one, which stays as it is; or a part of it
+            is adapted.
     """
-    for hook in model._forward_hooks.values():
-        if isinstance(hook, Mark):
+    for path, module in model.named_modules():
+        for hook in module._forward_hooks.values():
+            if not isinstance(hook, Mark):
+                continue
             if hook.owner is None:
                 raise FlexureError(
                     "expected a model whose adaptation can be changed, got a copy of an adapted "
                     "model, which stays adapted; copy the model while its adaptation is disabled"
+                )
+            if module is not model:
+                raise FlexureError(
+                    f"expected a model none of whose parts is adapted by itself, got one with an "
+                    f"adaptation of {path!r} in place; remove() that one, or adapt that part"
                 )
             return hook.owner
     return None
@@ -108,6 +117,9 @@ class Mark:
     def _look(self) -> None:
         self.queued = False
         self.done = self.done or self.owner is None or self.owner.check_gradients()
+
+
+run_as_python(Mark.__call__)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

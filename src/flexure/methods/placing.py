@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flexure.contracts import AdapterError, Example, SiteError
-from flexure.surgery.census import sites
+from flexure.surgery.census import check_free, sites
 from flexure.surgery.install import Installation, Plan, install, plan
 from flexure.surgery.plan_file import check_fits, plan_from_json, plan_to_json
 from flexure.surgery.sites import Site, SiteReport, Where
@@ -106,7 +106,9 @@ def load_units(
     Raises:
         AdapterError: the model has other sites, listed; or the tensors do not fit the structure.
             The model is unchanged.
+        SiteError: the model has units already.
     """
+    check_free(model)
     what, report = plan_from_json(structure)
     check_fits(model, what, report)
     try:
@@ -145,8 +147,13 @@ class PlacedUnits:
         return _raw(self._units)
 
     def insert(self) -> None:
-        """Puts the units in place, on the device of the layers around them."""
+        """Puts the units in place, on the device of the layers around them.
+
+        Raises:
+            SiteError: the model has units already.
+        """
         if self._placed is None:
+            check_free(self._model)
             self._placed = install(self._model, self._plan, self._ready)
 
     def withdraw(self) -> None:

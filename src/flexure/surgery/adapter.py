@@ -6,6 +6,7 @@ plan of sites becomes a structure is `plan_file.py`'s. Nothing is ever unpickled
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flexure.contracts import AdapterError
@@ -24,7 +26,8 @@ __all__ = ["CONFIG", "TENSORS", "AdapterFile", "read_adapter", "write_adapter"]
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 FORMAT = 1
-_OWN = frozenset({"format", "library", "method", "settings"})
+_DIGEST = "digest"
+_OWN = frozenset({"format", "library", "method", "settings", _DIGEST})
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class AdapterFile:
         method: which method wrote it.
         settings: the method's own, JSON values.
         structure: where things are in the model, JSON values; the keys `format`, `library`,
-            `method` and `settings` are taken.
+            `method`, `settings` and `digest` are taken.
         tensors: named tensors of the method.
     """
 
@@ -48,7 +51,8 @@ class AdapterFile:
 def write_adapter(folder: str | os.PathLike[str], adapter: AdapterFile) -> None:
     """Writes both files, each atomically: a reader never sees half a file.
 
-    Both are complete before either takes its place: an interrupted save leaves what was there.
+    Both are complete before either takes its place: an interrupted save leaves what was there. Each
+    holds a digest of the tensors, so that files of two saves are told apart.
 
     Raises:
         AdapterError: the folder cannot be written.
@@ -67,11 +71,12 @@ def write_adapter(folder: str | os.PathLike[str], adapter: AdapterFile) -> None:
     copies = {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in adapter.tensors.items()
     }
+    digest = _digest(copies)
     parts = {name: where / f".{name}.{os.getpid()}" for name in (TENSORS, CONFIG)}
     try:
         where.mkdir(parents=True, exist_ok=True)
-        save_file(copies, parts[TENSORS])
-        write_json(parts[CONFIG], config)
+        save_file(copies, parts[TENSORS], metadata={_DIGEST: digest})
+        write_json(parts[CONFIG], {**config, _DIGEST: digest})
         for name, part in parts.items():
             os.replace(part, where / name)
     except OSError as error:
@@ -90,7 +95,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
     """
     where = Path(folder)
     config = _read_config(where / CONFIG)
-    tensors = _read_tensors(where / TENSORS)
+    tensors = _read_tensors(where / TENSORS, config.get(_DIGEST))
     method, settings = config.get("method"), config.get("settings")
     if not isinstance(method, str) or not isinstance(settings, dict):
         raise AdapterError(
@@ -117,13 +122,29 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
+def _read_tensors(path: Path, digest: object) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
-        return dict(load_file(path))
+        with safe_open(path, framework="pt") as opened:
+            own = (opened.metadata() or {}).get(_DIGEST)
+        tensors = dict(load_file(path))
     except FileNotFoundError as error:
         raise AdapterError(f"no adapter at {path.parent}: {path.name} is missing") from error
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path} is damaged: {error}; save the adapter again") from error
+    if own is not None and digest is not None and own != digest:
+        raise AdapterError(
+            f"expected two files of one save in {path.parent}, got those of two, one of them "
+            f"interrupted; save the adapter again"
+        )
+    return tensors
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -21,7 +21,7 @@ from flexure.surgery.watch import Call, Watch
 from flexure.units.catalogue import read_module
 from flexure.units.unit import CTU
 
-__all__ = ["sites"]
+__all__ = ["check_free", "sites"]
 
 
 def sites(
@@ -52,11 +52,7 @@ def sites(
     Raises:
         SiteError: the example does not run through the model, or the model is steered already.
     """
-    if any(isinstance(module, CTU) for module in model.modules()):
-        raise SiteError(
-            "the model is steered already; set .beta on its Steering, or "
-            "remove() it (a copy of a steered model stays steered)"
-        )
+    check_free(model)
     watch = Watch(model)
     with preserved(model), evaluating(model), torch.no_grad(), watch.hooks():
         try:
@@ -65,6 +61,19 @@ def sites(
         except Exception as error:
             raise SiteError(_did_not_run(model, example, error)) from error
     return _Report(watch, axis, pooling).build()
+
+
+def check_free(model: nn.Module) -> None:
+    """Makes sure that no units are in place in `model`, whoever put them there.
+
+    Raises:
+        SiteError: there are units.
+    """
+    if any(isinstance(module, CTU) for module in model.modules()):
+        raise SiteError(
+            "the model is steered already: set .beta on its Steering, or remove() it; disable() "
+            "an adaptation that is in place (a copy of a steered model stays steered)"
+        )
 
 
 class _Report:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from flexure.contracts import SiteError
 from flexure.units.catalogue import read_call
 
-__all__ = ["Enter", "Guard", "Leave", "RoutedUnits", "Step"]
+__all__ = ["Enter", "Guard", "Leave", "RoutedUnits", "Step", "run_as_python"]
 
 Step: TypeAlias = "tuple[str, nn.Module | None, str | None]"
 """One activation call of a caller: which activation, its unit and site; None to let it pass."""
@@ -220,7 +220,7 @@ class Guard:
         )
 
 
-def _run_as_python(function: Callable[..., Any]) -> None:
+def run_as_python(function: Callable[..., Any]) -> None:
     """Keeps torch.compile from compiling `function` as a frame of its own.
 
     The hooks of the outermost module run as such frames, and none can end inside a mode. Hooks of
@@ -233,5 +233,5 @@ def _run_as_python(function: Callable[..., Any]) -> None:
         dynamo.set_code_exec_strategy(function.__code__, strategy)
 
 
-_run_as_python(Enter.__call__)
-_run_as_python(Leave.__call__)
+run_as_python(Enter.__call__)
+run_as_python(Leave.__call__)
