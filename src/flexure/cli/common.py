@@ -37,6 +37,16 @@ __all__ = [
     "users_code",
 ]
 
+# What runs write into the store in their output folder.
+_FOLDERS = ("*.adapter", "*.checkpoint")
+_WORK = ("*.safetensors", "*.checkpoint/*")
+_OURS = (
+    "*.safetensors", "fingerprint.json", ".*.safetensors.*.tmp", ".fingerprint.json.*.tmp",
+    "*.adapter/adapter_config.json", "*.adapter/adapter_model.safetensors",
+    "*.adapter/.adapter_*.tmp", "*.checkpoint/state.safetensors", "*.checkpoint/.state*.tmp",
+)  # fmt: skip
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -90,9 +100,9 @@ def begin(store: Path, what: str) -> None:
     """A new `what`, such as "search", starts with an empty store, and destroys nobody's work.
 
     Raises:
-        FlexureError: the store holds finished parts of an earlier one.
+        FlexureError: the store holds parts of an earlier one.
     """
-    if any(store.glob("*.safetensors")):
+    if any(path for pattern in _WORK for path in store.glob(pattern)):
         raise FlexureError(
             f"{store.parent} holds an unfinished {what}; add --resume to continue it, or choose "
             f"another --out"
@@ -102,11 +112,12 @@ def begin(store: Path, what: str) -> None:
 
 def discard(store: Path) -> None:
     """Deletes what a run wrote into its store; anything else in there stays, and it with it."""
-    ours = ("*.safetensors", "fingerprint.json", ".*.safetensors.*.tmp", ".fingerprint.json.*.tmp")
-    for path in (path for pattern in ours for path in store.glob(pattern)):
+    for path in (path for pattern in _OURS for path in store.glob(pattern)):
         path.unlink(missing_ok=True)
-    with suppress(OSError):  # missing, or not empty
-        store.rmdir()
+    folders = (path for pattern in _FOLDERS for path in store.glob(pattern))
+    for folder in (*folders, store):
+        with suppress(OSError):  # missing, or not empty
+            folder.rmdir()
 
 
 def load(address: str, device: str) -> LoadedModel:

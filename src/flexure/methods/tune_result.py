@@ -268,8 +268,8 @@ def compared(
     by_sample = (hits - base).sum(0)
     difference = Difference(
         found.mean,
-        found.low,
-        found.high,
+        max(found.low, -100.0),
+        min(found.high, 100.0),
         found.level,
         found.covers,
         wins=int((by_sample > 0).sum()),

@@ -11,6 +11,8 @@ from flexure.report.plots import (
     boundary,
     curves,
     estimates,
+    histogram,
+    over_depth,
     score_against_beta,
 )
 from flexure.report.search import (
@@ -21,6 +23,7 @@ from flexure.report.search import (
     verdict,
 )
 from flexure.report.tables import Table, gain_text, percent, run_table, site_table, table_of
+from flexure.report.tune import tune_page, tune_sections, tune_summary
 
 __all__ = [
     "Curve",
@@ -33,6 +36,8 @@ __all__ = [
     "curves",
     "estimates",
     "gain_text",
+    "histogram",
+    "over_depth",
     "percent",
     "render",
     "run_table",
@@ -42,6 +47,9 @@ __all__ = [
     "search_summary",
     "site_table",
     "table_of",
+    "tune_page",
+    "tune_sections",
+    "tune_summary",
     "verdict",
     "write_page",
 ]

@@ -22,14 +22,16 @@ __all__ = [
     "boundary",
     "curves",
     "estimates",
+    "histogram",
+    "over_depth",
     "score_against_beta",
 ]
 
 # Okabe and Ito (2008), "Color universal design".
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PURPLE = "#56B4E9", "#CC79A7"
-SERIES = (BLUE, ORANGE, PURPLE, SKY)  # green and vermilion mark single points
-DASHES = ("-", "--", ":", "-.")
+SERIES = (BLUE, ORANGE, PURPLE, SKY, GREEN, VERMILION)  # the last two also mark single points
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (8, 2)), (0, (1, 3)))
 # Stands for the page's text colour until the SVG is written; no picture uses it otherwise.
 INK = "#010203"
 
@@ -219,17 +221,91 @@ def curves(
     points: Curve | None = None,
     x_label: str = "x (no unit)",
     y_label: str = "y (no unit)",
+    errors: str | None = None,
+    whole: bool = False,
 ) -> Picture:
-    """Functions of one variable, with sample points if there are any."""
+    """Functions of one variable, with sample points if there are any.
+
+    Args:
+        lines: the functions.
+        title: above the picture.
+        points: samples.
+        x_label: what x is, with its unit.
+        y_label: what y is, with its unit.
+        errors: what the bands are, for the legend.
+        whole: ticks of x at whole numbers only.
+    """
     figure, axes = _canvas(_PANEL)
     if points is not None:
         axes.plot(points.x, points.y, ".", color=INK, alpha=0.55, markersize=4, label=points.label)
     for k, line in enumerate(lines):
-        _line(axes, line, k, band=None)
+        _line(axes, line, k, band=errors)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    if whole:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(figure)
     drawn = ", ".join(line.label for line in lines)
     return _picture(figure, f"{title}. {y_label} against {x_label}: {drawn}.")
+
+
+def histogram(
+    values: Sequence[Any], *, title: str, axis: str, start: float | None = None, bins: int = 25
+) -> Picture:
+    """How numbers in [0, 1] are spread: mean share in each bin, and the seeds' one by one.
+
+    Args:
+        values: for each seed, an array of numbers in [0, 1].
+        title: above the picture.
+        axis: what the numbers are, with their unit.
+        start: where all of them started, drawn as a line.
+        bins: how many, of equal width.
+    """
+    import numpy as np
+
+    figure, axes = _canvas(_PANEL)
+    edges = np.linspace(0.0, 1.0, bins + 1)
+    shares = np.array([100 * np.histogram(v, edges)[0] / max(len(v), 1) for v in values])
+    axes.bar(edges[:-1], shares.mean(0), width=1 / bins, align="edge", color=BLUE, alpha=0.55)
+    if len(shares) > 1:
+        middle = np.broadcast_to((edges[:-1] + edges[1:]) / 2, shares.shape)
+        axes.plot(middle.ravel(), shares.ravel(), "_", color=INK, markersize=5, label="each seed")
+    if start is not None:
+        axes.axvline(start, **_REFERENCE, label=f"start, {start:g}")
+    axes.set(xlabel=axis, ylabel="share of values (%)", title=title, xlim=(0, 1), ylim=(0, None))
+    _legend(figure)
+    mean = float(np.mean([np.mean(v) for v in values]))
+    return _picture(figure, f"{title}. Histogram of {axis}; mean {mean:.3f}.")
+
+
+def over_depth(
+    sites: Sequence[Sequence[Any]], *, title: str, axis: str, start: float | None = None
+) -> Picture:
+    """How numbers are spread at each site, in network order: median, middle half and most.
+
+    Args:
+        sites: for each site, for each seed, an array of numbers.
+        title: above the picture.
+        axis: what the numbers are, with their unit.
+        start: where all of them started, drawn as a line.
+    """
+    import numpy as np
+
+    figure, axes = _canvas(_PANEL)
+    x = np.arange(1, len(sites) + 1)
+    pooled = [np.concatenate([np.asarray(v, dtype=float) for v in site]) for site in sites]
+    low, quarter, median, upper, high = np.array(
+        [np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)) for values in pooled]
+    ).T
+    axes.vlines(x, low, high, color=SKY, linewidth=1.5, label="5 to 95 % of channels")
+    axes.vlines(x, quarter, upper, color=BLUE, linewidth=4, label="25 to 75 %")
+    axes.plot(x, median, "o", color=VERMILION, markersize=4.5, label="median")
+    if start is not None:
+        axes.axhline(start, **_REFERENCE, label=f"start, {start:g}")
+    axes.set(xlabel="site (number in network order)", ylabel=axis, title=title, ylim=(-0.03, 1.03))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _legend(figure)
+    values = f"from {median[0]:.3f} at the first site to {median[-1]:.3f} at the last"
+    return _picture(figure, f"{title}. {axis} at {len(sites)} sites; the median goes {values}.")
 
 
 def _canvas(size: tuple[float, float]) -> tuple[Any, Any]:
@@ -243,7 +319,7 @@ def _canvas(size: tuple[float, float]) -> tuple[Any, Any]:
 
 def _line(axes: Any, line: Curve, index: int, *, band: str | None) -> None:
     colour, dashes = SERIES[index % len(SERIES)], DASHES[index % len(DASHES)]
-    axes.plot(line.x, line.y, dashes, color=colour, label=line.label)
+    axes.plot(line.x, line.y, linestyle=dashes, color=colour, label=line.label)
     if line.errors is not None:
         low = [y - e for y, e in zip(line.y, line.errors, strict=True)]
         high = [y + e for y, e in zip(line.y, line.errors, strict=True)]
