@@ -220,7 +220,7 @@ def test_copies_are_independent(case: tuple[nn.Module, Tensor]) -> None:
     stored.seek(0)
     copies = [
         copy.deepcopy(model),
-        pickle.loads(pickle.dumps(model)),
+        *(pickle.loads(pickle.dumps(model, protocol)) for protocol in (0, pickle.HIGHEST_PROTOCOL)),
         torch.load(stored, weights_only=False),
     ]
     weights.withdraw()
@@ -313,7 +313,8 @@ def test_autocast_and_the_merged_weight_agree() -> None:
         assert out.dtype == torch.bfloat16
         assert model[0].weight.dtype == torch.float32
         out.sum().backward()
-        weights.merge()
+    weights.merge()
+    with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(x), out)
 
 

@@ -278,7 +278,7 @@ def _changed_weight(layer: Any) -> Any:
 def _reduce(layer: Any, protocol: int) -> tuple[Any, ...]:
     """Pickles and copies by the class that this one was made from, which can be imported."""
     base: Any = type(layer).__mro__[1]
-    _, _, *state = base.__reduce_ex__(layer, max(protocol, 2))
+    _, _, *state = base.__reduce_ex__(layer, protocol)
     return (_make_empty, (base,), *state)
 
 
