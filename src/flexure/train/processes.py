@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexure.contracts import DataError
+from flexure.contracts import DataError, FlexureError
 
 __all__ = ["Processes", "current_processes"]
 
@@ -109,17 +109,29 @@ class Processes:
 
 
 def current_processes() -> Processes:
-    """The processes that a launcher (`accelerate launch`, `torchrun`) or the caller has started."""
+    """The processes that a launcher (`accelerate launch`, `torchrun`) or the caller has started.
+
+    Raises:
+        FlexureError: a launcher has started several, but they do not know each other.
+    """
     distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        if "LOCAL_RANK" not in os.environ:
-            return Processes()
+    if not distributed.is_available():
+        return Processes()
+    if not distributed.is_initialized():
         from accelerate import PartialState
         from accelerate.utils import parse_flag_from_env
 
-        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-        if not distributed.is_initialized():
-            return Processes()
+        # Without this, processes that torchrun starts on a machine without GPUs are not connected.
+        on_cpu = not torch.accelerator.is_available()
+        PartialState(cpu=on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if not distributed.is_initialized():
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched > 1:
+            raise FlexureError(
+                f"expected the {launched} processes of this launch to be connected, got none that "
+                f"is; on CPUs create accelerate.Accelerator(cpu=True), not Accelerator()"
+            )
+        return Processes()
     nccl = distributed.get_backend() == "nccl"
     device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
     return Processes(distributed.get_rank(), distributed.get_world_size(), device)
