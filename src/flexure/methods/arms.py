@@ -151,8 +151,7 @@ def _swept(method: AdaptationMethod, factors: Sequence[float]) -> tuple[Trial, .
     rates = [settings["learning_rate"] * factor for factor in factors]
     changed: Any = method  # a dataclass, or it would have no settings
     return tuple(
-        Trial(f"learning rate {rate:.3g}", replace(changed, learning_rate=rate), rate)
-        for rate in rates
+        Trial(f"rate {rate:.3g}", replace(changed, learning_rate=rate), rate) for rate in rates
     )
 
 

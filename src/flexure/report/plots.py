@@ -221,7 +221,6 @@ def curves(
     points: Curve | None = None,
     x_label: str = "x (no unit)",
     y_label: str = "y (no unit)",
-    errors: str | None = None,
     whole: bool = False,
 ) -> Picture:
     """Functions of one variable, with sample points if there are any.
@@ -232,14 +231,13 @@ def curves(
         points: samples.
         x_label: what x is, with its unit.
         y_label: what y is, with its unit.
-        errors: what the bands are, for the legend.
         whole: ticks of x at whole numbers only.
     """
     figure, axes = _canvas(_PANEL)
     if points is not None:
         axes.plot(points.x, points.y, ".", color=INK, alpha=0.55, markersize=4, label=points.label)
     for k, line in enumerate(lines):
-        _line(axes, line, k, band=errors)
+        _line(axes, line, k, band=None)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     if whole:
         axes.xaxis.get_major_locator().set_params(integer=True)

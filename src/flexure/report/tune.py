@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from flexure.methods.tune_result import ArmResult, TuneResult
+from flexure.methods.tune_result import ArmResult, Difference, TuneResult
 from flexure.report.page import Section, write_page
 from flexure.report.plots import Curve, Estimate, curves, estimates, histogram, over_depth
 from flexure.report.search import verdict
@@ -81,6 +81,8 @@ def _sentence(arm: ArmResult) -> str:
     text = f"{arm.name}{setting}: {percent(accuracy.mean)} on test data"
     if told is None:
         return f"{text}, {percent(accuracy.low)} to {percent(accuracy.high)}."
+    if not told.wins + told.losses:
+        return f"{text}; right on the same samples as the probe, from every seed alike."
     gain = gain_text(told.points, told.low, told.high, level=told.level)
     return f"{text}; against the probe {gain}. {verdict(told.low, told.high)}"
 
@@ -95,7 +97,7 @@ def _table_section(found: TuneResult) -> Section:
         "often."
     )
     columns = (
-        "arm", "trained numbers", "with the head", "setting", "test accuracy, %",
+        "arm", "trained numbers + head", "setting", "test accuracy, %",
         "against the probe, points", "won / lost", "training, s", "step, MiB", "saturated, %",
     )  # fmt: skip
     rows = [_row(arm) for arm in found.arms]
@@ -113,16 +115,21 @@ def _row(arm: ArmResult) -> tuple[Any, ...]:
     accuracy, told = arm.accuracy, arm.difference
     return (
         arm.name,
-        f"{arm.parameters:,}",
-        f"{arm.parameters + arm.head_parameters:,}",
+        f"{arm.parameters:,} + {arm.head_parameters:,}",
         arm.setting or None,
         accuracy and _interval(100 * accuracy.mean, 100 * accuracy.low, 100 * accuracy.high, ""),
-        told and _interval(told.points, told.low, told.high, "+"),
+        told and _difference(told),
         told and f"{told.wins} / {told.losses}",
         f"{arm.seconds:.1f}",
         None if arm.step_bytes is None else f"{arm.step_bytes / _MIB:.1f}",
         None if arm.saturated is None else f"{100 * arm.saturated:.1f}",
     )
+
+
+def _difference(told: Difference) -> str:
+    if not told.wins + told.losses:
+        return "right on the same samples"
+    return _interval(told.points, told.low, told.high, "+")
 
 
 def _interval(value: float, low: float, high: float, sign: str) -> str:
@@ -147,7 +154,7 @@ def _difference_section(found: TuneResult) -> Section:
 def _curve_section(found: TuneResult) -> Section:
     accuracy = _curves(found, lambda run: [100 * value for value in run.val_accuracy])
     loss = _curves(found, lambda run: run.losses)
-    told = None if len(found.seeds) == 1 else "one standard deviation over seeds"
+    bands = "" if len(found.seeds) == 1 else " The bands are one standard deviation over seeds."
     return Section(
         "Learning curves",
         pictures=(
@@ -156,7 +163,6 @@ def _curve_section(found: TuneResult) -> Section:
                 title="Validation accuracy",
                 x_label="epoch",
                 y_label="validation accuracy (%)",
-                errors=told,
                 whole=True,
             ),
             curves(
@@ -164,12 +170,11 @@ def _curve_section(found: TuneResult) -> Section:
                 title="Training loss",
                 x_label="epoch",
                 y_label="mean training loss (nats)",
-                errors=told,
                 whole=True,
             ),
         ),
         caption="At the chosen setting of each arm: mean over seeds after each epoch. Validation "
-        "accuracy chose the settings and the epochs that count, so it is optimistic.",
+        f"accuracy chose the settings and the epochs that count, so it is optimistic.{bands}",
     )
 
 
