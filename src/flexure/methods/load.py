@@ -14,6 +14,7 @@ from flexure.methods.head import Head, stored_head
 from flexure.methods.hub import adapter_folder
 from flexure.methods.steer import Steering, load_steering
 from flexure.surgery.adapter import AdapterFile, read_adapter
+from flexure.surgery.wrapped import unwrapped
 
 __all__ = ["load_adapter"]
 
@@ -38,7 +39,7 @@ def load_adapter(
             missing and the unexpected ones are listed, and the model is unchanged.
         MissingExtraError: `hf:` needs huggingface_hub, which is not installed.
     """
-    stored = read_adapter(adapter_folder(path))
+    model, stored = unwrapped(model), read_adapter(adapter_folder(path))
     if stored.method == _STEER:
         return load_steering(model, stored)
     method = _method(stored)

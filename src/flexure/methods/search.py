@@ -43,6 +43,7 @@ from flexure.methods.steer import Steering, steer
 from flexure.methods.store import Store
 from flexure.record import versions
 from flexure.surgery.sites import Where
+from flexure.surgery.wrapped import unwrapped
 
 __all__ = ["BETAS", "search_beta"]
 
@@ -116,6 +117,7 @@ def search_beta(
         DataError: empty data, one class, labels that are not 0, 1, 2, ..., a class that train
             lacks, splits that share samples, passes that differ, or non-finite features.
     """
+    model = unwrapped(model)
     _check_seed(seed)
     rows = _grid(BETAS if betas is None else betas, c)
     _check_choice("protocol", protocol, ("converged", "published"))

@@ -25,6 +25,7 @@ from flexure.surgery.install import Installation, Plan, install, plan
 from flexure.surgery.plan_file import check_fits, plan_from_json, plan_to_json
 from flexure.surgery.replace import replace_module
 from flexure.surgery.sites import Site, SiteReport, Where
+from flexure.surgery.wrapped import unwrapped
 from flexure.units.functional import balanced_c, check_dial
 from flexure.units.unit import CTU
 
@@ -52,7 +53,7 @@ def steer(
     it exactly. Weights are not touched. At beta = 1 a ReLU network computes what it did before.
 
     Args:
-        model: a pretrained network.
+        model: a pretrained network; of a PEFT model the one inside is steered.
         beta: the dial in [0, 1], or `{site pattern: beta}`: the first pattern that matches a
             site counts, and a site that none matches keeps its activation.
         c: the mixture in [0, 1] (0.5 in the paper), `"balanced"` for beta²/(1+beta²), which
@@ -74,6 +75,7 @@ def steer(
             example that does not run. The model is unchanged.
     """
     _check_dials(beta, c)
+    model = unwrapped(model)
     report = sites(model, example, axis=axis, pooling=pooling)
     chosen = report.select(where)
     betas = _per_site(chosen, beta, "beta")

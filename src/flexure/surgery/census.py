@@ -18,6 +18,7 @@ from flexure.contracts import Example, SiteError
 from flexure.surgery.preserve import preserved
 from flexure.surgery.sites import Event, Refusal, Site, SiteReport
 from flexure.surgery.watch import Call, Watch
+from flexure.surgery.wrapped import unwrapped
 from flexure.units.catalogue import read_module
 from flexure.units.unit import CTU
 
@@ -39,7 +40,7 @@ def sites(
     are as before afterwards; lists and dicts that the model changes in place are not.
 
     Args:
-        model: any network.
+        model: any network; of a PEFT model the one inside, so that paths are those after a merge.
         example: an input with a batch axis: a tensor, a tuple of positional arguments, or a dict
             of keyword arguments. One item is enough.
         axis: the channel axis where the producing layer does not tell it: for every such site,
@@ -52,6 +53,7 @@ def sites(
     Raises:
         SiteError: the example does not run through the model, or the model is steered already.
     """
+    model = unwrapped(model)
     check_free(model)
     watch = Watch(model)
     with preserved(model), evaluating(model), torch.no_grad(), watch.hooks():

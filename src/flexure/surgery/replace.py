@@ -24,12 +24,6 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> Callable[[], 
         AttributeError: the model has no module at `path`.
     """
     old = model.get_submodule(path)
-    places = [
-        (children, name)
-        for children in (module._modules for module in model.modules())
-        for name, child in children.items()
-        if child is old
-    ]
     like = next(iter((*old.parameters(), *model.parameters())), None)
     if like is not None:
         new.to(device=like.device, dtype=like.dtype)
@@ -37,15 +31,25 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> Callable[[], 
     for key in HOOKS:
         new.__dict__[key] = old.__dict__[key]
     new.train(old.training)
-    for children, name in places:
+    for children, name in _places(model, old):
         children[name] = new
 
     def put_back() -> None:
-        for children, name in places:
-            if children.get(name) is new:
-                children[name] = old.train(new.training)
+        # Where it is now: merging a PEFT model has moved it.
+        for children, name in _places(model, new):
+            children[name] = old.train(new.training)
 
     return put_back
+
+
+def _places(model: nn.Module, held: nn.Module) -> list[tuple[dict[str, nn.Module | None], str]]:
+    """Every place of a module: the children among which it is, and its name there."""
+    return [
+        (module._modules, name)
+        for module in model.modules()
+        for name, child in module._modules.items()
+        if child is held
+    ]
 
 
 HOOKS = tuple(key for key in nn.Module().__dict__ if "_hook" in key)
