@@ -8,22 +8,28 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
 from flexure.calling import seeded
 from flexure.contracts import AdaptationMethod, Example, FlexureError, InstalledMethod
-from flexure.methods.features import check_head, default_head
-from flexure.methods.head import Head, copied_head, fresh_head
+from flexure.methods.head import Head, copied_head, find_head, fresh_head
 from flexure.methods.hub import push_folder
-from flexure.methods.in_place import adaptation_in_place, forget, mark, names_taken, remember
+from flexure.methods.in_place import (
+    Switch,
+    adaptation_in_place,
+    forget,
+    mark,
+    names_taken,
+    remember,
+)
 from flexure.surgery.adapter import AdapterFile, write_adapter
 from flexure.surgery.frozen import freeze
+from flexure.surgery.wrapped import unwrapped
 from flexure.units.parameterization import saturated_share
 
-__all__ = ["Adaptation", "Switch", "adapt", "put_in_place"]
+__all__ = ["Adaptation", "adapt", "put_in_place"]
 
 
 def adapt(
@@ -46,7 +52,9 @@ def adapt(
     another is enabled. One line with the trainable share is printed.
 
     Args:
-        model: a pretrained network.
+        model: a pretrained network. Of a PEFT model the one inside is adapted: paths are those
+            after a merge, which the adaptation survives, and PEFT's parameters are frozen as all
+            else (`requires_grad_` afterwards trains both).
         method: such as `TrainableCT()`.
         example: one input, to find sites and head with: a tensor, a tuple or a dict.
         head: path of the classification layer; default: the last `nn.Linear`.
@@ -64,10 +72,10 @@ def adapt(
     """
     if isinstance(method, type):
         raise FlexureError(f"expected a method, got the class {method.__name__}; call it")
+    model = unwrapped(model)
 
     def parts() -> tuple[Head, Callable[[], InstalledMethod]]:
-        path = default_head(model, example) if head is None else head
-        check_head(model, path, example)
+        path = find_head(model, head, example)
         new = (
             copied_head(model, path) if classes is None else fresh_head(model, path, classes, seed)
         )
@@ -163,6 +171,11 @@ class Adaptation:
         return self._undo is not None
 
     @property
+    def removed(self) -> bool:
+        """Whether the model was restored for good."""
+        return self._removed
+
+    @property
     def trainable(self) -> tuple[str, ...]:
         """Full names of what is trained, the head included, as `model.named_parameters()` has them.
 
@@ -234,7 +247,7 @@ class Adaptation:
             )
         return not missing
 
-    def enable(self) -> Switch:
+    def enable(self) -> Switch[Adaptation]:
         """Puts it in place of whichever is; also for `with`, which goes back to that one.
 
         Raises:
@@ -254,7 +267,7 @@ class Adaptation:
                 raise
         return Switch(self, before)
 
-    def disable(self) -> Switch:
+    def disable(self) -> Switch[Adaptation]:
         """Restores the model exactly, what was learned is kept; also for `with`, which goes back.
 
         While disabled the model is the original: as fast, and bit-identical.
@@ -366,30 +379,6 @@ class Adaptation:
         if self._undo is not None:
             undo, self._undo = self._undo, None
             undo.close()
-
-
-class Switch:
-    """What `enable` and `disable` return: leaving it as a context puts back what was in place."""
-
-    def __init__(self, adaptation: Adaptation, before: Adaptation | None) -> None:
-        self._adaptation, self._before = adaptation, before
-
-    def __enter__(self) -> Adaptation:
-        return self._adaptation
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        now = adaptation_in_place(self._adaptation.model)
-        if now is self._before:
-            return
-        if now is not None:
-            now.disable()
-        if self._before is not None and not self._before._removed:
-            self._before.enable()
 
 
 def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:

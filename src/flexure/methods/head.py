@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from flexure.addresses import first_line
 from flexure.calling import seeded
-from flexure.contracts import AdapterError, FlexureError
-from flexure.methods.features import head_module
+from flexure.contracts import AdapterError, Example, FlexureError
+from flexure.methods.features import check_head, default_head, head_module
 from flexure.surgery.replace import HOOKS, linear_of, replace_module
 
-__all__ = ["Head", "copied_head", "fresh_head", "stored_head"]
+__all__ = ["Head", "copied_head", "find_head", "fresh_head", "stored_head"]
 
 
 class Head:
@@ -51,6 +52,25 @@ class Head:
     def tensors(self) -> dict[str, Tensor]:
         """What a file must hold of it."""
         return dict(self.module.state_dict())
+
+
+def find_head(model: nn.Module, head: str | None, example: Example) -> str:
+    """The path of the head: the one given, checked, or the last `nn.Linear` that is called.
+
+    Raises:
+        FlexureError: there is none, it does not give the logits, or the example does not run.
+    """
+    try:
+        path = default_head(model, example) if head is None else head
+        check_head(model, path, example)
+    except FlexureError:
+        raise
+    except Exception as error:  # whatever a model raises
+        raise FlexureError(
+            f"expected an example that runs through the model, got {first_line(error)}; give one "
+            f"input with a batch axis, on the model's device and in its dtype"
+        ) from error
+    return path
 
 
 def copied_head(model: nn.Module, path: str) -> nn.Module:

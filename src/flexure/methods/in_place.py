@@ -6,7 +6,8 @@ What an adaptation is, is `adapt.py`'s. Nothing here keeps a model alive.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -15,15 +16,42 @@ from torch import Tensor, nn
 from flexure.contracts import FlexureError
 from flexure.surgery.routing import run_as_python
 
-__all__ = ["InPlace", "Mark", "adaptation_in_place", "forget", "mark", "names_taken", "remember"]
+__all__ = [
+    "InPlace",
+    "Mark",
+    "Switch",
+    "adaptation_in_place",
+    "forget",
+    "mark",
+    "names_taken",
+    "remember",
+]
 
 
 class InPlace(Protocol):
-    """What a mark needs of an adaptation."""
+    """What a mark and a switch need of an adaptation."""
+
+    model: nn.Module
+
+    @property
+    def removed(self) -> bool:
+        """Whether the model was restored for good."""
+        ...
 
     def check_gradients(self) -> bool:
         """Whether gradients have arrived; raises if only some have."""
         ...
+
+    def enable(self) -> Any:
+        """Puts it in place."""
+        ...
+
+    def disable(self) -> Any:
+        """Takes it out."""
+        ...
+
+
+_Kind = TypeVar("_Kind", bound=InPlace)
 
 
 def adaptation_in_place(model: nn.Module) -> Any:
@@ -65,6 +93,30 @@ def forget(model: nn.Module, name: str) -> None:
     """Gives a name back."""
     if model in _NAMED:
         _NAMED[model].pop(name, None)
+
+
+class Switch(Generic[_Kind]):
+    """What `enable` and `disable` return: leaving it as a context puts back what was in place."""
+
+    def __init__(self, adaptation: _Kind, before: _Kind | None) -> None:
+        self._adaptation, self._before = adaptation, before
+
+    def __enter__(self) -> _Kind:
+        return self._adaptation
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        now = adaptation_in_place(self._adaptation.model)
+        if now is self._before:
+            return
+        if now is not None:
+            now.disable()
+        if self._before is not None and not self._before.removed:
+            self._before.enable()
 
 
 _NAMED: WeakKeyDictionary[nn.Module, WeakValueDictionary[str, Any]] = WeakKeyDictionary()
