@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -48,7 +49,7 @@ def load_adapter(
     def parts() -> tuple[Head, Callable[[], InstalledMethod]]:
         path = stored.structure.get("head")
         new = Head(model, str(path), stored_head(model, path, head))
-        return new, lambda: method.load(model, stored.structure, tensors)
+        return new, lambda: _load(model, method, stored.structure, tensors)
 
     return put_in_place(model, method, parts, name=name)
 
@@ -65,6 +66,23 @@ def _method(stored: AdapterFile) -> AdaptationMethod:
         raise AdapterError(
             f"the adapter's settings are damaged, or of another version: {error}"
         ) from error
+
+
+def _load(
+    model: nn.Module,
+    method: AdaptationMethod,
+    structure: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> InstalledMethod:
+    installed = method.load(model, structure, tensors)
+    unknown = sorted(tensors.keys() - installed.tensors().keys())
+    if unknown:
+        installed.withdraw()
+        raise AdapterError(
+            f"expected the tensors of {method.name}, got others too: {', '.join(unknown)}: the "
+            f"file is damaged"
+        )
+    return installed
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
