@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import copy
+import random
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from flexure.contracts import DataError, FlexureError
+from flexure.contracts import DataError, FlexureError, Step
+from flexure.data import batches as prepare
 from flexure.train import fit
+from tests.train.scenarios import (
+    gradient_norm,
+    noise_of_positions,
+    root_of_mean,
+    sharpness_aware,
+    shifted,
+)
+
+
+@dataclass(eq=False)
+class Vectors:
+    """Labelled vectors."""
+
+    inputs: Tensor
+    labels: Tensor
+    classes: tuple[str, ...] = ("a", "b")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.inputs[index]
 
 
 def network(dropout: float = 0.0) -> nn.Module:
@@ -30,6 +58,10 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 def state_of(model: nn.Module) -> Tensor:
     return torch.cat([value.flatten() for value in model.state_dict().values()])
+
+
+def weights_of(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def test_it_is_the_loop_it_says_it_is():
@@ -126,6 +158,12 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_last_good_weight
         ({"epochs": 0}, FlexureError, "epochs of at least 1"),
         ({"batches": []}, DataError, "at least one batch"),
         ({"val": []}, DataError, "in val"),
+        ({"keep": "first"}, FlexureError, "keep to be"),
+        ({"accumulate": 0}, FlexureError, "accumulate of at least 1"),
+        ({"clip": 0.0}, FlexureError, "clip above 0"),
+        ({"precision": "fp16"}, FlexureError, "precision None or 'bf16'"),
+        ({"batches": [({}, None)]}, DataError, "without such a tensor"),
+        ({"batches": [(torch.ones(0, 2), torch.ones(0))]}, DataError, "without samples"),
     ],
 )
 def test_refusals(arguments: dict, error: type[Exception], message: str):
@@ -140,3 +178,368 @@ def test_a_frozen_model_is_refused_unchanged():
     with pytest.raises(FlexureError, match="requires_grad"):
         fit(model, batches(), epochs=1, seed=0)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def by_hand(model: nn.Module, groups: list[list[tuple[Tensor, Tensor]]], *, rate: float) -> None:
+    """Plain SGD on the mean over all samples of each group."""
+    for group in groups:
+        x, y = (torch.cat(parts) for parts in zip(*group, strict=True))
+        gradients = torch.autograd.grad(
+            nn.functional.cross_entropy(model(x), y), list(model.parameters())
+        )
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter -= rate * gradient
+
+
+def test_accumulated_batches_make_the_update_of_one_large_batch():
+    x, y = blobs()
+    pieces = list(zip(x.split([20, 10, 5, 15, 10]), y.split([20, 10, 5, 15, 10]), strict=True))
+    model, reference = network(), network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    history = fit(model, pieces, epochs=1, seed=0, optimizer=optimizer, accumulate=2)
+    by_hand(reference, [pieces[:2], pieces[2:4], pieces[4:]], rate=0.1)
+    torch.testing.assert_close(state_of(model), state_of(reference), atol=1e-6, rtol=0)
+    assert len(history.losses) == 3
+
+
+def test_positions_run_on_over_accumulated_batches():
+    seen: list[list[int]] = []
+
+    def look(step: Step) -> Tensor:
+        seen.append(step.positions.tolist())
+        assert (step.epochs, step.seed, step.model.training) == (1, 4, True)
+        return step.output.sum() * 0
+
+    fit(network(), batches(), epochs=1, seed=4, penalties={look: 1.0}, accumulate=2)
+    assert seen == [list(range(20)), list(range(20, 40)), list(range(20))]
+
+
+def test_clipping_bounds_the_norm_of_the_whole_gradient():
+    model, before = network(), network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    fit(model, batches()[:1], epochs=1, seed=0, optimizer=optimizer, clip=1e-3)
+    moved = (state_of(model) - state_of(before)).norm().item()
+    assert moved == pytest.approx(1e-3, rel=1e-3)
+    loose = network()
+    fit(
+        loose,
+        batches()[:1],
+        epochs=1,
+        seed=0,
+        optimizer=torch.optim.SGD(loose.parameters(), lr=1.0),
+        clip=1e6,
+    )
+    by_hand(before, [batches()[:1]], rate=1.0)
+    assert torch.equal(state_of(loose), state_of(before))
+
+
+def test_penalties_are_added_with_their_weights_and_reported_without():
+    model, reference = network(), network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (x, y), *_ = batches()
+    penalties = {gradient_norm: 0.5, root_of_mean: 0.25}
+    history = fit(
+        model, [(x, y)], epochs=2, seed=0, optimizer=optimizer, penalties=penalties, keep="last"
+    )
+    first: dict[str, float] = {}
+    objectives = []
+    for _ in range(2):
+        inputs = x.clone().requires_grad_()
+        losses = nn.functional.cross_entropy(reference(inputs), y, reduction="none")
+        (slope,) = torch.autograd.grad(losses.sum(), inputs, create_graph=True)
+        norm = slope.square().sum(1).mean()
+        root = reference(x).square().sum(1).mean().sqrt()
+        total = losses.mean() + 0.5 * norm + 0.25 * root
+        first = first or {"gradient_norm": norm.item(), "root_of_mean": root.item()}
+        objectives.append(total.item())
+        gradients = torch.autograd.grad(total, list(reference.parameters()), materialize_grads=True)
+        with torch.no_grad():
+            for parameter, gradient in zip(reference.parameters(), gradients, strict=True):
+                parameter -= 0.1 * gradient
+    torch.testing.assert_close(state_of(model), state_of(reference), atol=1e-6, rtol=0)
+    assert history.losses == pytest.approx(objectives, abs=1e-6)
+    assert {name: values[0] for name, values in history.penalties.items()} == pytest.approx(
+        first, abs=1e-6
+    )
+
+
+def test_the_output_is_computed_once_for_the_loss_and_all_penalties():
+    model = network()
+    calls: list[object] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    fit(model, batches(), epochs=1, seed=0, penalties={root_of_mean: 1.0, noise_of_positions: 1.0})
+    assert len(calls) == 3
+
+
+def test_two_penalties_of_one_name_are_told_apart():
+    def penalty(step: Step) -> Tensor:
+        return step.output.sum() * 0
+
+    first, penalty_too = penalty, lambda step: step.output.sum() * 0 + 1
+    penalty_too.__name__ = "penalty"
+    history = fit(network(), batches(), epochs=1, seed=0, penalties={first: 1.0, penalty_too: 1.0})
+    assert history.penalties == {"penalty": (0.0,), "penalty 2": (1.0,)}
+
+
+def test_what_is_no_scalar_is_refused_by_name():
+    def wide(step: Step) -> Tensor:
+        return step.output
+
+    with pytest.raises(FlexureError, match=r"the penalty wide .* \(20, 2\)"):
+        fit(network(), batches(), epochs=1, seed=0, penalties={wide: 1.0})
+    with pytest.raises(FlexureError, match="the loss to be a scalar"):
+        fit(network(), batches(), epochs=1, seed=0, loss=lambda output, y: output)
+    with pytest.raises(FlexureError, match="without a graph"):
+        fit(network(), batches(), epochs=1, seed=0, loss=lambda output, y: output.detach().sum())
+
+
+def test_the_perturbed_inputs_are_what_loss_and_penalties_see():
+    seen: list[Tensor] = []
+
+    def look(step: Step) -> Tensor:
+        seen.append(step.x)
+        return step.output.sum() * 0
+
+    model, reference = network(), network()
+    moved = [(x + 0.1 * x.sign(), y) for x, y in batches()]
+    fit(model, batches(), epochs=1, seed=0, perturb=shifted, penalties={look: 1.0})
+    fit(reference, moved, epochs=1, seed=0)
+    assert torch.equal(state_of(model), state_of(reference))
+    assert all(torch.equal(a, b) for a, (b, _) in zip(seen, moved, strict=True))
+
+
+def test_an_update_rule_may_take_two_gradients():
+    model, reference = network(), network()
+    (x, y), *_ = batches()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    history = fit(model, [(x, y)], epochs=1, seed=0, update=sharpness_aware, optimizer=optimizer)
+
+    def gradients(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        def loss(values: dict[str, Tensor]) -> Tensor:
+            return nn.functional.cross_entropy(torch.func.functional_call(reference, values, x), y)
+
+        return torch.func.grad(loss)(parameters)
+
+    weights = {name: p.detach() for name, p in reference.named_parameters()}
+    uphill = gradients(weights)
+    there = {name: p + 0.05 * uphill[name] / uphill[name].norm() for name, p in weights.items()}
+    expected = {name: weights[name] - 0.1 * g for name, g in gradients(there).items()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], atol=1e-6, rtol=0)
+    assert history.losses == (nn.functional.cross_entropy(reference(x), y).item(),)
+
+
+def test_an_update_rule_that_fails_amid_its_steps_leaves_the_weights():
+    (x, y), *_ = batches()
+    model, before = network(), network()
+
+    def far(backward: Callable[[], float], optimizer: torch.optim.Optimizer) -> float:
+        value = backward()
+        with torch.no_grad():
+            model[0].weight.fill_(torch.inf)
+        backward()
+        return value
+
+    with pytest.raises(FlexureError, match="step 0"):
+        fit(model, [(x, y)], epochs=1, seed=0, update=far)
+    assert torch.equal(state_of(model), state_of(before))
+    with pytest.raises(FlexureError, match="call backward"):
+        fit(model, [(x, y)], epochs=1, seed=0, update=lambda backward, optimizer: 0.0)
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_weights_of_the_best_epoch_are_kept(keep: str):
+    x, y = blobs()
+    states: list[Tensor] = []
+
+    def note(step: Step) -> Tensor:
+        states.append(weights_of(step.model))
+        return step.output.sum() * 0
+
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    history = fit(
+        model,
+        [(x, y)],
+        epochs=6,
+        seed=0,
+        val=[(x, y)],
+        optimizer=optimizer,
+        # It learns for two epochs, and then unlearns.
+        schedule=lambda step: 0.5 if step < 2 else -5.0,
+        penalties={note: 1.0},
+        keep=keep,
+    )
+    accuracy = history.val_accuracy
+    best = accuracy.index(max(accuracy))
+    assert history.best_epoch == best < 5
+    if keep == "best":  # an epoch is one update: its result is what the next one begins with
+        assert torch.equal(weights_of(model), states[best + 1])
+    right = (model.eval()(x).argmax(-1) == y).double().mean().item()
+    assert right == accuracy[best if keep == "best" else -1]
+    assert accuracy[best] > accuracy[-1]
+
+
+def test_rates_of_groups_are_scaled_each_from_its_own_and_put_back():
+    model = network()
+    groups = [
+        {"params": model[0].parameters(), "lr": 0.1},
+        {"params": model[3].parameters(), "lr": 0.01},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    history = fit(
+        model,
+        batches(),
+        epochs=2,
+        seed=0,
+        optimizer=optimizer,
+        schedule=lambda step: 1.0 if step < 3 else 0.1,
+    )
+    assert history.learning_rates[0] == (0.1, 0.01)
+    assert history.learning_rates[1] == pytest.approx((0.01, 0.001))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.01]
+
+
+def test_shuffling_python_and_numpy_follow_the_seed():
+    x, y = blobs()
+
+    class Augmented(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(x)
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            return x[index] + random.random() + np.random.rand(), y[index]
+
+    def train(seed: int) -> Tensor:
+        random.seed(None)
+        np.random.seed(None)
+        states = random.getstate(), np.random.get_state()[1].tolist()
+        model = network()
+        fit(
+            model,
+            torch.utils.data.DataLoader(Augmented(), batch_size=20, shuffle=True),
+            epochs=2,
+            seed=seed,
+        )
+        assert states == (random.getstate(), np.random.get_state()[1].tolist())
+        return state_of(model)
+
+    assert torch.equal(train(3), train(3))
+    assert not torch.equal(train(3), train(4))
+
+
+def test_batches_and_samplers_are_told_the_epoch():
+    class Told(list):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            self.epochs: list[int] = []
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epochs.append(epoch)
+
+    told = Told(batches())
+    fit(network(), told, epochs=3, seed=0)
+    assert told.epochs == [0, 1, 2]
+
+    x, y = blobs()
+    prepared = prepare(Vectors(x, y), preprocess=lambda v: v, batch_size=20, seed=1, shuffle=True)
+    first, second = network(), network()
+    fit(first, prepared, epochs=2, seed=0)
+    assert prepared.epoch == 2
+    fit(second, prepared, epochs=2, seed=0)
+    assert torch.equal(state_of(first), state_of(second))
+
+
+def test_inputs_of_any_structure_are_trained_on():
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, a: Tensor, scale: float, b: list[Tensor]) -> Tensor:
+            return self.inner(scale * (a + b[0]))
+
+    x, y = blobs()
+    model, reference = Sum(), network()
+    as_dict = {"a": x / 4, "scale": 2.0, "b": [x / 4]}
+    fit(model, [(as_dict, y)], epochs=2, seed=0, accumulate=2)
+    fit(reference, [(x, y)], epochs=2, seed=0)
+    torch.testing.assert_close(state_of(model), state_of(reference))
+
+
+def test_bfloat16_computes_the_loss_in_float32():
+    model, exact = network(), network()
+    seen: list[torch.dtype] = []
+    weights: list[torch.dtype] = []
+
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        seen.append(output.dtype)
+        return nn.functional.cross_entropy(output, y)
+
+    model[3].register_forward_hook(lambda module, inputs, output: weights.append(output.dtype))
+    half = fit(model, batches(), epochs=2, seed=0, val=batches(), loss=loss, precision="bf16")
+    full = fit(exact, batches(), epochs=2, seed=0, val=batches())
+    assert set(seen) == {torch.float32}
+    assert set(weights) == {torch.bfloat16}
+    assert half.losses != full.losses
+    assert half.losses == pytest.approx(full.losses, rel=0.02)
+    assert model[0].weight.dtype == torch.float32
+
+
+def test_a_parameter_without_gradient_is_warned_about():
+    model = network()
+    model.register_parameter("lonely", nn.Parameter(torch.ones(())))
+    with pytest.warns(UserWarning, match="none for lonely") as said:
+        fit(model, batches(), epochs=2, seed=0)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(network(), batches(), epochs=1, seed=0)
+
+
+def test_a_loss_that_is_not_finite_names_the_largest_gradient_before_it():
+    good, bad = batches()[0], (torch.full((2, 2), float("nan")), torch.tensor([0, 1]))
+    model = nn.Sequential(nn.BatchNorm1d(2), network())
+    with pytest.raises(FlexureError) as caught:
+        fit(model, [good, bad], epochs=1, seed=0, checkpoint=None)
+    reference = nn.Sequential(nn.BatchNorm1d(2), network())
+    loss = nn.functional.cross_entropy(reference(good[0]), good[1])
+    named = dict(reference.named_parameters())
+    norms = [g.norm().item() for g in torch.autograd.grad(loss, list(named.values()))]
+    largest = max(norms)
+    name = list(named)[norms.index(largest)]
+    assert "got nan at step 1 (epoch 0); the largest gradient of the step" in str(caught.value)
+    assert f"was {largest:.3g}, of {name};" in str(caught.value)
+    assert torch.isfinite(state_of(model)).all()  # the statistics, too
+
+
+def test_a_gradient_that_is_not_finite_names_its_parameter():
+    class Root(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: Tensor) -> Tensor:
+            return gradient * torch.inf
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(Root.apply(self.first(x)))
+
+    model = Broken()
+    before = state_of(model)
+    with pytest.raises(FlexureError, match=r"finite gradients, got (inf|nan) for first\.\w+ at st"):
+        fit(model, batches(), epochs=1, seed=0)
+    assert torch.equal(state_of(model), before)
+
+
+def test_progress_is_told():
+    told: list[tuple[str, int, int]] = []
+    fit(network(), batches(), epochs=2, seed=0, progress=lambda *given: told.append(given))
+    assert told == [("train", done, 6) for done in range(1, 7)]

@@ -81,11 +81,18 @@ class Saver:
         """
         if self.checkpoint is None:
             return None
+        self.processes.wait()  # until the first one has written what it had to
         tree = load_state(self.checkpoint.path)
-        self.processes.wait()  # before the first process writes
+        if tree is not None:
+            self._check_same(tree)
+        updates = -1.0 if tree is None else float(len(tree["record"]["losses"]))
+        if self.processes.sums([updates]) != [updates * self.processes.count]:
+            raise FlexureError(
+                f"expected one checkpoint folder for all {self.processes.count} processes, got "
+                f"different states; put it where all of them can read it"
+            )
         if tree is None:
             return None
-        self._check_same(tree)
         load_optimizer_tree(self.optimizer, tree["optimizer"])
         self.weights.load(tree["weights"])
         self.record.load(tree["record"])
