@@ -23,8 +23,8 @@ def saved_bytes(run: Callable[[], Any], *, exclude: Iterable[Tensor] = ()) -> in
 
     Counted are the storages of the tensors that the graph saves, each storage once and wholly (a
     saved view keeps all of it), as long as the result is alive: what only dropped parts of the
-    graph saved is not counted. What an autograd function keeps by other means than
-    `save_for_backward` is not seen.
+    graph saved is not counted. Not seen: what an autograd function keeps by other means than
+    `save_for_backward`, and what other saved-tensor hooks inside `run` take over.
 
     Args:
         run: builds the graph and returns what holds on to it, such as the loss.

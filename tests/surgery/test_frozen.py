@@ -169,6 +169,32 @@ def test_shared_and_repeated_modules():
     assert type(conv) is nn.Conv2d
 
 
+def test_undo_reaches_parameters_that_were_replaced_meanwhile():
+    model, trainable = headed()
+    undo = freeze(model, trainable=trainable)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    assert not model.body[0].weight.requires_grad
+    undo()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_freezing_what_is_frozen():
+    model, trainable = headed()
+    undo_outer = freeze(model, trainable=trainable)
+    undo_inner = freeze(model, trainable=[*trainable, *model.body.parameters()])
+    model.train()
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert model.body[0].weight.grad is not None
+    assert not model.body[1].training
+    undo_inner()
+    assert not model.body[0].weight.requires_grad
+    assert not model.train().body[1].training
+    undo_outer()
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(m.training for m in model.train().modules())
+    assert type(model.body[0]) is nn.Conv2d
+
+
 # --- Modes ---
 
 
@@ -546,6 +572,14 @@ def test_the_network_looks_as_before():
     assert fingerprint(model) == digest
 
 
+def test_light_layers_that_an_example_does_not_reach_hide_no_activation():
+    model, trainable = network()
+    model.auxiliary = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    expected = sites(model, torch.randn(2, 3, 32, 32)).unreached
+    freeze(model, trainable=trainable)
+    assert sites(model, torch.randn(2, 3, 32, 32)).unreached == expected == ()
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing(reentrant):
     expected = by_hand()
@@ -680,6 +714,13 @@ def test_two_optimisers():
     ids = {id(p) for p in trainable}
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == (id(p) not in ids), name
+
+
+def test_fx_traces_it():
+    model, trainable = network()
+    freeze(model, trainable=trainable)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
 
 
 def test_torchscript_traces_it():

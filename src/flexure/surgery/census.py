@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from flexure.calling import call_model, copied, evaluating
 from flexure.contracts import Example, SiteError
+from flexure.surgery.light import LIGHT
 from flexure.surgery.preserve import preserved
 from flexure.surgery.sites import Event, Refusal, Site, SiteReport
 from flexure.surgery.watch import Call, Watch
@@ -233,6 +234,8 @@ def _may_hide(module: nn.Module) -> bool:
     """Whether a module that was not entered may call activations of its own."""
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
         return True
+    if type(module) in LIGHT.values():
+        return False
     return not type(module).__module__.startswith("torch.nn.")
 
 

@@ -39,7 +39,9 @@ def freeze(model: nn.Module, *, trainable: Iterable[nn.Parameter]) -> Callable[[
 
     Returns:
         A function that undoes all of it: `requires_grad`, gradients, modes and classes are what
-        they were, the trainable parameters' gradients excepted. A second call does nothing.
+        they were, the trainable parameters' gradients excepted. A second call does nothing. Of two
+        that froze the same model, the later one must be called first, and what the earlier one
+        froze stays in eval mode until its own is called.
 
     Raises:
         FlexureError: one of `trainable` is not a parameter of the model.
@@ -53,8 +55,10 @@ def freeze(model: nn.Module, *, trainable: Iterable[nn.Parameter]) -> Callable[[
             f"shape {shapes}; install what they belong to first"
         )
     with ExitStack() as undo:
-        for parameter in model.parameters():
-            _set_trainable(parameter, id(parameter) in chosen, undo)
+        for module in model.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    _set_trainable(module, key, parameter, id(parameter) in chosen, undo)
         for module in _frozen_modules(model, chosen.keys()):
             _keep_in_eval_mode(module, undo)
             _lighten(module, undo)
@@ -97,12 +101,22 @@ def stay_in_eval_mode(module: nn.Module, args: Any) -> None:
         module.training = False
 
 
-def _set_trainable(parameter: nn.Parameter, trainable: bool, undo: ExitStack) -> None:
-    undo.callback(parameter.requires_grad_, parameter.requires_grad)
+def _set_trainable(
+    owner: nn.Module, key: str, parameter: nn.Parameter, trainable: bool, undo: ExitStack
+) -> None:
+    undo.callback(_restore_flag, owner, key, parameter, parameter.requires_grad)
     parameter.requires_grad_(trainable)
     if not trainable and parameter.grad is not None:
         undo.callback(setattr, parameter, "grad", parameter.grad)
         parameter.grad = None
+
+
+def _restore_flag(owner: nn.Module, key: str, parameter: nn.Parameter, requires_grad: bool) -> None:
+    parameter.requires_grad_(requires_grad)
+    # `load_state_dict(assign=True)` may have put another in its place.
+    current = owner._parameters[key] if key in owner._parameters else None  # noqa: SIM401
+    if current is not None:
+        current.requires_grad_(requires_grad)
 
 
 def _frozen_modules(model: nn.Module, chosen: Iterable[int]) -> list[nn.Module]:

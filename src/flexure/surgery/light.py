@@ -84,6 +84,11 @@ class _LightBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """As torch's in eval mode."""
         mean, var = self.running_mean, self.running_var
+        if not isinstance(input, Tensor):
+            # A proxy of torch.fx, which takes only torch's own classes for leaves: the check of
+            # its dimensions would stop the trace.
+            eps, training = self.eps, self.training
+            return F.batch_norm(input, mean, var, self.weight, self.bias, training, 0.0, eps)
         if (
             self.training
             or mean is None
