@@ -18,6 +18,7 @@ from flexure.calling import call_model, evaluating, logits_of, map_tensors, take
 from flexure.contracts import DataError, Example, FlexureError
 from flexure.methods.samples import Samples, content
 from flexure.surgery.preserve import preserved
+from flexure.surgery.wrapped import module_at, plain_path
 
 __all__ = ["FeatureReader", "check_head", "default_head", "device_of", "fingerprint", "head_module"]
 
@@ -120,7 +121,7 @@ def default_head(model: nn.Module, example: Example) -> str:
             "module whose input are the features with head="
         )
     exact = [module for module, out in calls if _gives(out, output)]
-    return linear[(exact or [module for module, _ in calls])[-1]]
+    return plain_path(model, linear[(exact or [module for module, _ in calls])[-1]])
 
 
 def check_head(model: nn.Module, head: str, example: Example) -> None:
@@ -144,7 +145,7 @@ def check_head(model: nn.Module, head: str, example: Example) -> None:
 
 
 def head_module(model: nn.Module, head: str) -> nn.Module:
-    """The module at path `head`.
+    """The module at the plain path `head`.
 
     Raises:
         FlexureError: there is none, it is the model itself, or it is neither linear nor empty.
@@ -156,7 +157,7 @@ def head_module(model: nn.Module, head: str) -> nn.Module:
             f"expected head= to be the path of a module inside the model, got {head!r}; its "
             f"linear layers are {', '.join(linear[-5:]) or 'none'}"
         )
-    found = modules[head]
+    found = module_at(model, head)
     if not any(isinstance(module, nn.Linear | nn.Identity) for module in found.modules()):
         raise FlexureError(
             f"expected the head to be, or to hold, an nn.Linear or nn.Identity, got "

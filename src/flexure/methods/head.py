@@ -16,6 +16,7 @@ from flexure.calling import seeded
 from flexure.contracts import AdapterError, Example, FlexureError
 from flexure.methods.features import check_head, default_head, head_module
 from flexure.surgery.replace import HOOKS, linear_of, replace_module
+from flexure.surgery.wrapped import is_tuned, module_at, plain_path
 
 __all__ = ["Head", "copied_head", "find_head", "fresh_head", "stored_head"]
 
@@ -70,7 +71,12 @@ def find_head(model: nn.Module, head: str | None, example: Example) -> str:
             f"expected an example that runs through the model, got {first_line(error)}; give one "
             f"input with a batch axis, on the model's device and in its dtype"
         ) from error
-    return path
+    if is_tuned(model, path):
+        raise FlexureError(
+            f"expected a head that PEFT leaves alone, got {path!r}; merge_and_unload() first, or "
+            f"leave the head out of PEFT's target_modules"
+        )
+    return plain_path(model, path)
 
 
 def copied_head(model: nn.Module, path: str) -> nn.Module:
@@ -128,7 +134,7 @@ def stored_head(model: nn.Module, path: object, tensors: Mapping[str, Tensor]) -
             f"expected finite numbers in the adapter's head, got others in {', '.join(damaged)}: "
             f"the file is damaged"
         )
-    old = modules[path]
+    old = module_at(model, path)
     own = {name: tensor.shape for name, tensor in old.state_dict().items()}
     if own == {name: tensor.shape for name, tensor in tensors.items()}:
         new = copied_head(model, path)

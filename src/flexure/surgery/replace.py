@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from flexure.contracts import AdapterError
+from flexure.surgery.wrapped import module_at
 
 __all__ = ["HOOKS", "linear_of", "replace_module"]
 
@@ -14,7 +15,8 @@ __all__ = ["HOOKS", "linear_of", "replace_module"]
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> Callable[[], None]:
     """Puts `new` at `path`, in the mode, on the device and in the dtype of what was there.
 
-    It takes every place of a module that has several, and the hooks of what was there.
+    A layer that PEFT trains whole is replaced inside its wrapper. It takes every place of a module
+    that has several, and the hooks of what was there.
 
     Returns:
         A function that puts the old module back, in the mode of the new one; a second call does
@@ -23,7 +25,7 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> Callable[[], 
     Raises:
         AttributeError: the model has no module at `path`.
     """
-    old = model.get_submodule(path)
+    old = module_at(model, path)
     like = next(iter((*old.parameters(), *model.parameters())), None)
     if like is not None:
         new.to(device=like.device, dtype=like.dtype)

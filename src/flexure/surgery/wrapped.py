@@ -1,32 +1,82 @@
 """Networks inside wrappers of other libraries.
 
-PEFT keeps a network in a wrapper, and `merge_and_unload()` hands out the network without it. What
-flexure puts into a model goes into the network itself: it then survives the merge, and its paths
-are the same before and after.
+PEFT keeps a network in a wrapper, and layers that it trains whole in wrappers inside it;
+`merge_and_unload()` hands out the network without any. What flexure puts into a model goes into
+the network itself, by the paths that it has after a merge: it then survives one.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 
-__all__ = ["unwrapped"]
+__all__ = ["is_tuned", "module_at", "plain_path", "unwrapped"]
 
-_WRAPPERS = (
+_AROUND = (
     ("peft", "PeftModel", "base_model"),
     ("peft", "PeftMixedModel", "base_model"),
     ("peft.tuners.tuners_utils", "BaseTuner", "model"),
 )
 """Module and class of each wrapper, and its attribute that holds what is inside."""
 
+_INSIDE = ("peft.utils.other", "ModulesToSaveWrapper")
+_TUNED = ("peft.tuners.tuners_utils", "BaseTunerLayer")
+_COPIES = "modules_to_save"
+"""Its child with the copies that are trained, by the name of PEFT's adapter."""
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside PEFT's wrappers; a model in no wrapper as it is."""
-    for module, classname, attribute in _WRAPPERS:
-        # A library that nothing has imported has wrapped nothing.
-        kind = getattr(sys.modules.get(module), classname, None)
-        if kind is not None and isinstance(model, kind):
+    for module, name, attribute in _AROUND:
+        if _is(model, module, name):
             inside: nn.Module = getattr(model, attribute)
             return unwrapped(inside)
     return model
+
+
+def plain_path(model: nn.Module, path: str) -> str:
+    """The path that the module at `path` has, or would have, after a merge.
+
+    Raises:
+        AttributeError: the model has no module at `path`.
+    """
+    plain: list[str] = []
+    module, names = model, iter(path.split("."))
+    for name in names:
+        inside = _is(module, *_INSIDE)
+        module = module.get_submodule(name)
+        if not inside:
+            plain.append(name)
+        elif name == _COPIES:
+            module = module.get_submodule(next(names))
+    return ".".join(plain)
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a plain path; of a layer that PEFT trains whole, the copy that is in use.
+
+    Raises:
+        AttributeError: the model has no module at `path`.
+    """
+    module: Any = model.get_submodule(path)
+    while _is(module, *_INSIDE):
+        active = module.active_adapter
+        module = module.modules_to_save[active if isinstance(active, str) else active[0]]
+    found: nn.Module = module
+    return found
+
+
+def is_tuned(model: nn.Module, path: str) -> bool:
+    """Whether the module at `path` is, holds, or is part of a layer that PEFT adapts."""
+    names = path.split(".")
+    around = (model.get_submodule(".".join(names[:count])) for count in range(1, len(names)))
+    inside = module_at(model, path).modules()
+    return any(_is(module, *_TUNED) for module in (*around, *inside))
+
+
+def _is(model: nn.Module, module: str, name: str) -> bool:
+    # A library that nothing has imported has wrapped nothing.
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(model, kind)
