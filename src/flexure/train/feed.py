@@ -25,11 +25,14 @@ __all__ = ["Feed"]
 class Feed:
     """Hands out the batches of each epoch, several at a time, and can start amid an epoch."""
 
-    def __init__(self, batches: Batches, *, at_once: int, processes: Processes) -> None:
+    def __init__(
+        self, batches: Batches, *, at_once: int, processes: Processes, resumable: bool
+    ) -> None:
         self._batches = batches
         self._at_once = at_once
         self._processes = processes
-        self._start = self._state()
+        self._resumable = resumable
+        self._start: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         """Batches in an epoch; 0 where nobody knows."""
@@ -48,8 +51,10 @@ class Feed:
         Raises:
             DataError: there are none, fewer than were done already, or others on other processes.
         """
-        self._start = self._state() if resumed is None else resumed["start"]
-        self._restore(self._start)
+        if resumed is not None:
+            self._restore(resumed["start"])
+        if self._resumable:  # not for nothing: an epoch may be a single small batch
+            self._start = self._state()
         _announce(self._batches, epoch)
         batches = iter(self._batches)
         done = 0 if resumed is None else resumed["done"]

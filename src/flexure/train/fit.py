@@ -136,7 +136,12 @@ def fit(
     )
     place = Checkpoint(checkpoint) if isinstance(checkpoint, str | os.PathLike) else checkpoint
     saver = Saver(place, weights, optimizer, record, settings, processes)
-    feed = Feed(as_batches(batches), at_once=accumulate, processes=processes)
+    feed = Feed(
+        as_batches(batches),
+        at_once=accumulate,
+        processes=processes,
+        resumable=checkpoint is not None,
+    )
     rates = _Rates(optimizer, schedule)
     loop = _Loop(run, feed, updater, perturb, rates, weights, record, saver, keep)
     with closing(ProgressReporter(progress if processes.is_first else None)) as reporter:
@@ -165,7 +170,7 @@ class _Loop:
             started -= record.seconds
             _gather(run)
             if position is None:
-                self.saver.save(self.feed.tree(0))
+                self._save(0, started)  # a place that cannot be written shows itself at once
             while record.epoch < run.epochs:
                 self._epoch(position, started, reporter)
                 self._end_epoch(val, started)
@@ -208,9 +213,11 @@ class _Loop:
         self._save(0, started)
 
     def _save(self, done: int, started: float) -> None:
+        self.record.seconds = time.perf_counter() - started
+        if self.saver.checkpoint is None:
+            return
         if done:
             self.run.processes.average_in_place(self.run.model.buffers())
-        self.record.seconds = time.perf_counter() - started
         self.saver.save(self.feed.tree(done))
 
     def _report(self, reporter: ProgressReporter) -> None:
@@ -232,20 +239,19 @@ class _Rates:
 
     def __exit__(self, *_: object) -> None:
         if self._schedule is not None:
-            self._multiply(1.0)
+            for group, own in zip(self._groups, self._own, strict=True):
+                group["lr"] = own
 
     def set(self, index: int) -> None:
         """Sets the rates of an update."""
         if self._schedule is not None:
-            self._multiply(self._schedule(index))
+            factor = self._schedule(index)
+            for group, own in zip(self._groups, self._own, strict=True):
+                group["lr"] = own * factor
 
     def now(self) -> list[float]:
         """One number a group."""
         return [float(group["lr"]) for group in self._groups]
-
-    def _multiply(self, factor: float) -> None:
-        for group, own in zip(self._groups, self._own, strict=True):
-            group["lr"] = own * factor
 
 
 def _named(penalties: Mapping[Penalty, float]) -> dict[str, tuple[Penalty, float]]:

@@ -26,6 +26,9 @@ from flexure.train.processes import Processes
 
 __all__ = ["Saver", "Weights", "settings_of"]
 
+_PLAIN = (bool, int, float, str, tuple, list, Tensor, type(None))
+"""What an optimiser's setting must be to look the same in every process."""
+
 _SHOWN = 3
 """Differences named in the message; one wrong setting is often behind many."""
 
@@ -146,7 +149,7 @@ def settings_of(
         f"{key} of group {number}": repr(value)
         for number, group in enumerate(optimizer.param_groups)
         for key, value in group.items()
-        if key != "params"
+        if key != "params" and isinstance(value, _PLAIN)
     }
     shapes = {
         f"shape of {name}": repr(tuple(parameter.shape)) for name, parameter in trained.items()

@@ -97,6 +97,11 @@ class Updater:
         clip: float | None,
     ) -> None:
         self.trained = trained_parameters(run.model, optimizer)
+        self._differentiated = [
+            p for p in {*run.model.parameters(), *self.trained.values()} if p.requires_grad
+        ]
+        base = nn.modules.batchnorm._NormBase
+        self._norms = [m for m in run.model.modules() if isinstance(m, base)]
         self._run = run
         self._objective = objective
         self._optimizer = optimizer
@@ -133,7 +138,7 @@ class Updater:
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:
         """Weights (where a rule may have moved them) and statistics, put back on an error."""
-        kept = list(_statistics(self._run.model))
+        kept = [b for m in self._norms if m.training for b in m.buffers(recurse=False)]
         if self._rule is not None:
             kept += [parameter.detach() for parameter in self.trained.values()]
         before = [tensor.clone() for tensor in kept]
@@ -146,9 +151,8 @@ class Updater:
 
     def _backward(self, steps: Sequence[TrainingStep]) -> list[float]:
         """Sets the gradients; returns the loss and each penalty over all samples."""
-        for parameter in (*self._run.model.parameters(), *self.trained.values()):
-            if parameter.requires_grad:
-                parameter.grad = None
+        for parameter in self._differentiated:
+            parameter.grad = None
         samples = sum(step.samples for step in steps)
         parts = [0.0] * (1 + len(self._objective.penalties))
         for step in steps:
@@ -256,13 +260,6 @@ def _gradient_norms(parameters: Mapping[str, nn.Parameter]) -> tuple[list[str], 
     dense = [g.coalesce().values() if g.is_sparse else g for g in grads.values()]
     norms = torch._foreach_norm(dense)
     return list(grads), torch.stack([norm.to(norms[0].device) for norm in norms])
-
-
-def _statistics(model: nn.Module) -> Iterator[Tensor]:
-    """The running statistics that a forward pass in train mode changes."""
-    for module in model.modules():
-        if module.training and isinstance(module, nn.modules.batchnorm._NormBase):
-            yield from module.buffers(recurse=False)
 
 
 def _shown(names: Sequence[str]) -> str:
