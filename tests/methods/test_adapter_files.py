@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -443,6 +444,15 @@ class TestHub:
         monkeypatch.setattr(Hub, "create_repo", _full)
         with pytest.raises(AdapterError, match="No space left"):
             adaptation.push_to_hub("some/one")
+
+    def test_the_library_takes_these_arguments(self) -> None:
+        library = pytest.importorskip("huggingface_hub")
+        for name in ("create_repo", "upload_folder"):
+            ours = inspect.signature(getattr(Hub, name)).parameters
+            assert set(ours) - {"repo"} <= set(
+                inspect.signature(getattr(library.HfApi, name)).parameters
+            )
+        assert "allow_patterns" in inspect.signature(library.snapshot_download).parameters
 
     def test_without_the_library(self, model: Net, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flexure.contracts import FlexureError, SiteError
-from flexure.methods.adapt import Adaptation, adapt
+from flexure.methods.adapt import adapt
 from flexure.methods.baselines import SteeredProbe
 from flexure.methods.trainable_ct import TrainableCT
 from flexure.units import ctu
@@ -227,6 +227,20 @@ class TestSites:
         expected = torch.stack([ctu(h[:, i], b, 0.5) for i, b in enumerate((0.2, 0.5, 0.9))], 1)
         torch.testing.assert_close(unit(h), expected)
 
+    def test_a_slope_that_was_replaced_while_disabled(self, model: Net) -> None:
+        adaptation = adapt(model, TrainableCT(), example=X)
+        adaptation.disable()
+        slopes = {"weight": torch.full((4,), 0.7)}
+        model.slope.load_state_dict(slopes, assign=True)
+        with torch.no_grad():
+            plain = model(X)
+        adaptation.enable()
+        assert torch.equal(model.slope.weight, slopes["weight"])
+        h = torch.full((1, 4, 1, 1), -50.0)
+        torch.testing.assert_close(model.slope(h), 0.7 * h)
+        adaptation.remove()
+        assert torch.equal(model(X), plain)
+
 
 class TestFramework:
     def test_compile(self) -> None:
@@ -332,27 +346,3 @@ class TestFramework:
         assert adaptation.check_gradients()
         adaptation.remove()
         assert state(model) == before
-
-
-def test_on_top_of_peft() -> None:
-    peft = pytest.importorskip("peft")
-    model = net()
-    config = peft.LoraConfig(r=2, target_modules=["middle", "last"])
-    adapted = peft.get_peft_model(model, config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
-    base = adapted.get_base_model()
-    adaptation: Adaptation = adapt(base, TrainableCT(), example=X, classes=4)
-    train(adaptation, rate=0.05)
-    expected = adapted.eval()(X)
-    merged = adapted.merge_and_unload()
-    assert merged is base
-    assert not any("lora" in name for name, _ in merged.named_parameters())
-    torch.testing.assert_close(merged(X), expected, rtol=1e-4, atol=1e-5)
-    train(adaptation, rate=0.05)
-    betas = adaptation.betas()
-    adaptation.disable()
-    adaptation.enable()
-    assert all(torch.equal(betas[site], b) for site, b in adaptation.betas().items())
-    adaptation.remove()
