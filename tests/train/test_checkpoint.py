@@ -290,9 +290,10 @@ def test_generators_go_on_where_they_were(tmp_path):
         set_rng_state(before)
 
 
-def test_numpys_other_bit_generators(tmp_path):
+@pytest.mark.parametrize("kind", [np.random.PCG64, np.random.Philox, np.random.SFC64])
+def test_numpys_other_bit_generators(tmp_path, kind):
     before = np.random.get_bit_generator()
-    np.random.set_bit_generator(np.random.PCG64(3))
+    np.random.set_bit_generator(kind(3))
     try:
         save_state(tmp_path, rng_state())
         expected = np.random.rand(3).tolist()
@@ -405,6 +406,22 @@ def test_scalars_beside_float64_weights_stay_float32():
     problem.step(0)
     load_optimizer_tree(other.optimizer, optimizer_tree(problem.optimizer))
     assert other.optimizer.state[other.parameters[0]]["mu_product"].dtype == torch.float32
+
+
+def test_what_lies_beside_a_parameter_on_another_device_stays_there():
+    # As Adam's step count and NAdam's products do, on the CPU while the weights are elsewhere.
+    tree = optimizer_tree(Problem("Adam", {}, torch.float32).optimizer)
+    tree["groups"] = [{**tree["groups"][0], "params": [[3]]}]
+    values = {"step": torch.tensor(2.0), "exp_avg": torch.ones(3), "more": [torch.ones(1)]}
+    tree["state"] = [{"of": 0, "values": values, "apart": ["step", "more"]}]
+    parameter = nn.Parameter(torch.ones(3, device="meta"))
+    optimizer = torch.optim.Adam([parameter])
+    load_optimizer_tree(optimizer, tree)
+    state = optimizer.state[parameter]
+    assert state["exp_avg"].is_meta
+    assert (state["step"].device.type, state["more"][0].device.type) == ("cpu", "cpu")
+    state.pop("exp_avg")
+    assert optimizer_tree(optimizer)["state"][0]["apart"] == ["step", "more"]
 
 
 def test_loading_copies():

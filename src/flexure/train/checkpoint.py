@@ -70,7 +70,7 @@ def rng_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": [state.cpu() for state in torch.cuda.get_rng_state_all()] if used else [],
         "python": random.getstate(),
-        "numpy": _map_arrays(keys, lambda array: torch.from_numpy(np.array(array))),
+        "numpy": _map_arrays(keys, _as_signed),
     }
 
 
@@ -84,7 +84,7 @@ def set_rng_state(tree: Mapping[str, Any]) -> None:
         random.setstate(tree["python"])
         np.random.set_state(
             {
-                key: _map_tensors(value, lambda tensor: tensor.numpy())
+                key: _map_tensors(value, lambda t: t.numpy().view(f"u{t.itemsize}"))
                 for key, value in tree["numpy"].items()
             }
         )
@@ -179,6 +179,11 @@ def _map_arrays(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, Mapping):
         return {key: _map_arrays(item, function) for key, item in value.items()}
     return function(value) if isinstance(value, np.ndarray) else value
+
+
+def _as_signed(array: Any) -> Tensor:
+    # Not every version of safetensors takes the unsigned integers of numpy's generators.
+    return torch.from_numpy(array.view(f"i{array.itemsize}").copy())
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
