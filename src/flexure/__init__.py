@@ -25,6 +25,8 @@ from flexure.methods.search import search_beta
 from flexure.methods.search_result import BetaSearch
 from flexure.methods.steer import Steering, steer
 from flexure.methods.trainable_ct import TrainableCT
+from flexure.methods.tune import tune
+from flexure.methods.tune_result import TuneResult
 from flexure.models import load_model
 from flexure.surgery import SiteReport, sites
 from flexure.train.fit import History, fit
@@ -49,6 +51,7 @@ __all__ = [
     "SteeredProbe",
     "Steering",
     "TrainableCT",
+    "TuneResult",
     "adapt",
     "fit",
     "load_adapter",
@@ -59,6 +62,7 @@ __all__ = [
     "search_beta",
     "sites",
     "steer",
+    "tune",
     "units",
 ]
 

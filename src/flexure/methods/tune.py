@@ -103,12 +103,8 @@ def tune(
             lacks, or splits that share samples.
     """
     asked, seeds = arms_of(arms, rate_factors), _seeds(seeds)
-    _check_count("epochs", epochs)
-    _check_count("batch_size", batch_size)
-    if head is not None:
-        head_module(model, head)  # a wrong name is refused before any work
+    _check(model, head, epochs=epochs, batch_size=batch_size)
     folder = None if adapters is None else check_writable(adapters)
-    _check_plain(model)
     clock = Clock()
     with clock("reading"):
         data = TuningData(model, train, val, test, batch_size, seeds[0])
@@ -116,8 +112,8 @@ def tune(
         head = default_head(model, example) if head is None else head
         check_head(model, head, example)
     task = Task(
-        model=model,
-        train=data.train,
+        model,
+        data.train,
         val=data.in_order("val"),
         test=None if test is None else data.in_order("test"),
         example=example,
@@ -128,19 +124,9 @@ def tune(
         schedule=None if schedule is None else schedule(data.steps),
     )
     with _stored(store, task, data) as runs, _reporting(progress) as reporter:
-        bench = _Bench(
-            task,
-            data,
-            runs,
-            seeds,
-            reporter,
-            resumable=store is not None,
-            save=folder is not None,
-        )
-        tried = []
-        for arm in asked:
-            with clock(arm.name):
-                tried.append(bench.tried(arm))
+        kept = {"resumable": store is not None, "save": folder is not None}
+        bench = _Bench(task, data, runs, seeds, reporter, clock, **kept)
+        tried = [bench.tried(arm) for arm in asked]
         if folder is not None:
             _keep(tried, runs, seeds[0], folder)
     return TuneResult(
@@ -148,7 +134,7 @@ def tune(
         seeds=seeds,
         epochs=epochs,
         batch_size=data.batch_size,
-        schedule=_factors(task, data.steps)[:: data.steps],
+        schedule=_factors(task, data.steps)[data.steps - 1 :: data.steps],
         head=head,
         classes=data.classes,
         samples={name: len(split) for name, split in data.splits.items()},
@@ -177,16 +163,22 @@ class _Bench:
         store: RunStore,
         seeds: tuple[int, ...],
         reporter: ProgressReporter,
+        clock: Clock,
         *,
         resumable: bool,
         save: bool,
     ) -> None:
         self._task, self._data, self._store, self._seeds = task, data, store, seeds
         self._resumable, self._save, self._reporter = resumable, save, reporter
+        self._clock = clock
         self._steps = task.epochs * data.steps
 
     def tried(self, arm: Arm) -> _Tried:
         """The arm's best setting on validation data, from every seed."""
+        with self._clock(arm.name):
+            return self._tried(arm)
+
+    def _tried(self, arm: Arm) -> _Tried:
         reports = self._reports(arm.name, len(arm.trials) + len(self._seeds) - 1)
         swept = [self._run(arm.name, trial, self._seeds[0], next(reports)) for trial in arm.trials]
         best = max(range(len(swept)), key=lambda k: (swept[k].score, -k))
@@ -304,14 +296,6 @@ def _factors(task: Task, steps: int) -> tuple[float, ...]:
     return tuple(1.0 if schedule is None else schedule(k) for k in range(task.epochs * steps))
 
 
-def _check_plain(model: nn.Module) -> None:
-    if (there := adaptation_in_place(model)) is not None:
-        raise FlexureError(
-            f"expected a model without an adaptation in place, got one with {there.name!r}; "
-            f"disable() or remove() it first"
-        )
-
-
 def _seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     found = (seeds,) if isinstance(seeds, Integral) else tuple(seeds)
     whole = all(isinstance(s, Integral) and not isinstance(s, bool) for s in found)
@@ -320,6 +304,15 @@ def _seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(seed) for seed in found)
 
 
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
-        raise FlexureError(f"expected {name} to be a whole number, at least 1, got {value!r}")
+def _check(model: nn.Module, head: str | None, **counts: object) -> None:
+    """Refuses what is wrong before any work."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
+            raise FlexureError(f"expected {name} to be a whole number, at least 1, got {value!r}")
+    if head is not None:
+        head_module(model, head)
+    if (there := adaptation_in_place(model)) is not None:
+        raise FlexureError(
+            f"expected a model without an adaptation in place, got one with {there.name!r}; "
+            f"disable() or remove() it first"
+        )

@@ -194,7 +194,7 @@ class TuneResult:
         seeds: of the runs; the settings were chosen on the first.
         epochs: passes over the training data in every run.
         batch_size: training samples a step; the last batch of an epoch may be smaller.
-        schedule: factor on every learning rate in each epoch, at its first step.
+        schedule: factor on every learning rate at the last step of each epoch.
         head: path of the module that every arm replaces by a new one.
         classes: number of classes.
         samples: split -> number of samples.
