@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from flexure.calling import evaluating
 from flexure.contracts import FlexureError
 from flexure.methods.features import fingerprint
+from flexure.methods.steer import steer
 from flexure.surgery import sites
 from flexure.surgery.frozen import freeze
 from flexure.surgery.light import LIGHT
@@ -331,7 +332,11 @@ NORMS = {
     "norm 3d": (nn.BatchNorm3d(4), (2, 4, 3, 2, 3)),
     "norm without weights": (nn.BatchNorm2d(4, affine=False, eps=0.1), (2, 4, 9, 8)),
 }
-LAYERS = CONVS | NORMS
+POOLS = {
+    "pool": (nn.MaxPool2d(3, 2, 1), (2, 4, 9, 8)),
+    "pool, ceil": (nn.MaxPool2d((2, 3), (1, 2), (1, 0), ceil_mode=True), (2, 4, 9, 8)),
+}
+LAYERS = CONVS | NORMS | POOLS
 
 
 def pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -364,7 +369,7 @@ def test_light_layers_agree_with_torch(name, dtype):
     (y, grad), (expected, by_x) = gradients(light, x), gradients(plain, x)
     assert torch.equal(y, expected)
     assert grad.stride() == by_x.stride()
-    if name in CONVS:
+    if name not in NORMS:
         assert torch.equal(grad, by_x)
     else:
         assert close(grad, by_x, max(1e-6, torch.finfo(dtype).eps))
@@ -377,7 +382,9 @@ def test_light_layers_keep_no_input(name):
     own = {t.untyped_storage().data_ptr() for t in (*light.parameters(), *light.buffers())}
     kept = [t for t in saved(lambda: light(x)) if t.untyped_storage().data_ptr() not in own]
     if "re" not in name.split(",")[0][:2]:  # reflected and replicated borders are torch's own pads
-        assert all(t.numel() <= 8 for t in kept), [t.shape for t in kept]
+        limit = light(x).numel() if name in POOLS else 8
+        assert all(t.numel() <= limit for t in kept), [t.shape for t in kept]
+        assert not any(t.is_floating_point() and t.numel() > 8 for t in kept)
     assert any(t.numel() >= x.numel() for t in saved(lambda: plain(x)))
 
 
@@ -391,7 +398,9 @@ def test_torch_keeps_no_input_of_a_frozen_linear(shape, bias):
     assert all(t.data_ptr() == layer.weight.data_ptr() for t in kept)
 
 
-@pytest.mark.parametrize("name", ["2d", "1x1 strided", "depthwise", "transposed 2d", "norm 2d"])
+@pytest.mark.parametrize(
+    "name", ["2d", "1x1 strided", "depthwise", "transposed 2d", "norm 2d", "pool", "pool, ceil"]
+)
 @pytest.mark.parametrize("weight", [True, False])
 def test_channels_last(name, weight):
     plain, light, x = pair(name)
@@ -402,11 +411,11 @@ def test_channels_last(name, weight):
     assert torch.equal(y, expected)
     assert y.stride() == expected.stride()
     assert close(grad, by_x)
-    if name in CONVS:
+    if name not in NORMS:
         assert grad.stride() == by_x.stride()
 
 
-@pytest.mark.parametrize("name", ["2d", "same, even", "transposed 2d", "norm 2d", "1d"])
+@pytest.mark.parametrize("name", ["2d", "same, even", "transposed 2d", "norm 2d", "1d", "pool"])
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast(name, low):
     plain, light, x = pair(name)
@@ -467,6 +476,42 @@ def test_function_transforms_and_batched_gradients(name):
         ),
     ):
         torch.testing.assert_close(transform(f(light)), transform(f(plain)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pooling_of_ties_and_of_what_is_not_finite(dtype, layout):
+    plain, light, _ = pair("pool", dtype)
+    x = torch.randint(-2, 3, (3, 5, 17, 14)).to(dtype).relu().contiguous(memory_format=layout)
+    x[0, 0, 3, 3], x[1, 2, 5, 6], x[2, 1] = float("nan"), float("inf"), -float("inf")
+    (y, grad), (expected, by_x) = gradients(light, x), gradients(plain, x)
+    assert torch.equal(y.nan_to_num(7), expected.nan_to_num(7))
+    assert torch.equal(grad, by_x)
+
+
+def test_pooling_with_indices_or_gaps_is_torchs():
+    for layer in (nn.MaxPool2d(2, return_indices=True), nn.MaxPool2d(2, dilation=2)):
+        x, plain = torch.randn(2, 3, 8, 8, requires_grad=True), copy.deepcopy(layer)
+        freeze(layer, trainable=[])
+        y, expected = layer(x), plain(x)
+        pairs = zip(y, expected, strict=True) if isinstance(y, tuple) else [(y, expected)]
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_steered_pooling_in_a_frozen_network():
+    """The census knows the light pooling, and units replace it."""
+    model, trainable = network()
+    freeze(model, trainable=trainable)
+    x = torch.randn(2, 3, 32, 32)
+    report = sites(model, x, pooling=True)
+    assert "maxpool" in [site.name for site in report.sites]
+    expected = model(x)
+    with steer(model, beta=1.0, example=x) as steering:
+        assert len(steering.units) == len(sites(resnet18(8), x).sites)
+        # With gradients the light pooling runs, under the modes that route activations.
+        y = model(x.requires_grad_())
+        torch.testing.assert_close(y, expected)
+        y.sum().backward()
 
 
 def test_a_layer_thawed_by_hand_learns_again():

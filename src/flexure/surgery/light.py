@@ -1,8 +1,9 @@
 """Layers that keep no input for backward: what torch's own become while they are frozen.
 
-A frozen convolution and a BatchNorm in eval mode need their input for no gradient, yet torch keeps
-it. The classes here are torch's, with torch's names, values, gradients and parameters; an existing
-layer becomes one by `module.__class__ = LIGHT[type(module)]`. Which layers do is `frozen.py`'s.
+A frozen convolution, a BatchNorm in eval mode and a max-pooling need their input for no gradient,
+yet torch keeps it. The classes here are torch's, with torch's names, values, gradients and
+parameters; an existing layer becomes one by `module.__class__ = LIGHT[type(module)]`. Which layers
+do is `frozen.py`'s.
 
 nn.Linear is absent because torch keeps no input of a frozen one.
 """
@@ -20,6 +21,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from flexure.units.pooling import light_max_pool2d
+
 __all__ = [
     "LIGHT",
     "BatchNorm1d",
@@ -31,6 +34,7 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "MaxPool2d",
 ]
 
 
@@ -137,6 +141,22 @@ class BatchNorm3d(_LightBatchNorm, nn.BatchNorm3d):
     """`nn.BatchNorm3d`."""
 
 
+class MaxPool2d(nn.MaxPool2d):
+    """`nn.MaxPool2d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As torch's."""
+        plain = self.return_indices or self.dilation not in (1, (1, 1), [1, 1])
+        if plain or not _can_be_light(input) or input.ndim != 4:
+            return cast(Tensor, super().forward(input))
+        return light_max_pool2d(
+            input, self.kernel_size, self.stride, self.padding, ceil_mode=self.ceil_mode
+        )
+
+    # The census takes a module for what its forward wraps.
+    forward.__wrapped__ = nn.MaxPool2d.forward  # type: ignore[attr-defined]
+
+
 LIGHT: Mapping[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
@@ -147,6 +167,7 @@ LIGHT: Mapping[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
+    nn.MaxPool2d: MaxPool2d,
 }
 """What each of torch's layers becomes."""
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from inspect import unwrap
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexure.units.pooling import light_max_pool2d
 from flexure.units.spec import (
     ActivationCall,
     Params,
@@ -58,9 +60,9 @@ def read_call(
 def read_module(module: nn.Module) -> tuple[UnitSpec, dict[str, Any]] | None:
     """The row and the parameters of a module, or None if it is no known activation.
 
-    A subclass counts as its parent only where it inherits the parent's `forward`: what another
-    `forward` calls is found there, call by call. So is what a parametrised module calls, whose
-    parameters are computed anew each time.
+    A subclass counts as its parent only where it inherits the parent's `forward`, or wraps it
+    (`functools.wraps`): what another `forward` calls is found there, call by call. So is what a
+    parametrised module calls, whose parameters are computed anew each time.
     """
     if hasattr(module, "parametrizations"):
         return None
@@ -70,7 +72,7 @@ def read_module(module: nn.Module) -> tuple[UnitSpec, dict[str, Any]] | None:
         dotted = f"{cls.__module__}.{cls.__qualname__}"
         for spec in (*_BY_CLASS.get(cls, ()), *_BY_CLASS.get(dotted, ())):
             params = spec.of_module(module)
-            if params is not None and type(module).forward is cls.forward:
+            if params is not None and unwrap(type(module).forward) is unwrap(cls.forward):
                 return spec, params
     return None
 
@@ -372,7 +374,7 @@ CATALOGUE: tuple[UnitSpec, ...] = (
     _refused("xielu", _UNFAMILIAR, classes=(_HF + "XIELUActivation",)),
     _refused("sqrt_softplus", _UNFAMILIAR, classes=(_HF + "SqrtSoftplusActivation",)),
     _pool("max_pool1d", nn.MaxPool1d, F.max_pool1d, torch.max_pool1d),
-    _pool("max_pool2d", nn.MaxPool2d, F.max_pool2d, torch.max_pool2d),
+    _pool("max_pool2d", nn.MaxPool2d, F.max_pool2d, torch.max_pool2d, light_max_pool2d),
     _pool("max_pool3d", nn.MaxPool3d, F.max_pool3d, torch.max_pool3d),
     _refused(
         "gapped_max_pool",
