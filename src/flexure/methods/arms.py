@@ -22,10 +22,10 @@ __all__ = ["ARMS", "PROBE", "RATE_FACTORS", "Arm", "Arms", "Trial", "arms_of"]
 PROBE = "probe"
 """The arm that every other one is compared with; always there."""
 
-RATE_FACTORS: tuple[float, ...] = (1.0, 0.3, 3.0)
+RATE_FACTORS: tuple[float, ...] = (1.0, 0.3, 3.0, 10.0)
 """Factors on a method's own learning rate, the preferred one of equals first."""
 
-_STEERED_BETAS = (1.0, 0.9, 0.8)
+_STEERED_BETAS = (1.0, 0.95, 0.9, 0.8)
 """As many as there are learning rates; beta = 1, which is the probe on a ReLU network, first."""
 
 _OF_ACTIVATIONS = frozenset({SteeredProbe.name, TrainableCT.name})

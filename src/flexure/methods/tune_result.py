@@ -221,6 +221,8 @@ class TuneResult:
     def notes(self) -> tuple[str, ...]:
         """What a reader of the numbers must know, one clause each; often nothing."""
         notes = [f"{n} samples are in both {pair}" for pair, n in self.shared.items() if n]
+        if len(self.seeds) == 2:
+            notes.append("two seeds say little about their spread: the intervals are wide")
         for arm in self.arms:
             failed = [c for c in arm.candidates if c.failure]
             notes += [f"{arm.name}, {c.setting}: failed ({c.failure})" for c in failed]

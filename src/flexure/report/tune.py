@@ -57,7 +57,7 @@ def tune_summary(found: TuneResult) -> tuple[str, ...]:
         f"seed{'s' * (len(found.seeds) != 1)}, {found.epochs} epochs; samples: {sizes}."
     )
     arms = [_sentence(arm) for arm in found.arms]
-    return what, *arms, *(f"{note[0].upper()}{note[1:]}." for note in found.notes)
+    return what, *arms, *(f"Note: {note}." for note in found.notes)
 
 
 def tune_sections(found: TuneResult) -> list[Section]:
@@ -98,16 +98,16 @@ def _table_section(found: TuneResult) -> Section:
     )
     columns = (
         "arm", "trained numbers + head", "setting", "test accuracy, %",
-        "against the probe, points", "won / lost", "training, s", "step, MiB", "saturated, %",
+        "against the probe, points", "won / lost", "training, s", "step, MiB",
     )  # fmt: skip
     rows = [_row(arm) for arm in found.arms]
     return Section(
         "The arms",
         table=table_of(columns, rows, *(set(columns) - {"arm", "setting"})),
-        caption=f"{intervals} Training: seconds of one run, mean over seeds, validation included. "
+        caption=f"{intervals} Training: wall-clock seconds of one run, mean over seeds, validation "
+        "included. "
         "Step: peak memory that one training step (forward, backward, first update by Adam) needs "
-        "beyond the network and the batch. Saturated: share of learned betas and cs below 0.01 or "
-        "above 0.99.",
+        "beyond the network and the batch.",
     )
 
 
@@ -122,7 +122,6 @@ def _row(arm: ArmResult) -> tuple[Any, ...]:
         told and f"{told.wins} / {told.losses}",
         f"{arm.seconds:.1f}",
         None if arm.step_bytes is None else f"{arm.step_bytes / _MIB:.1f}",
-        None if arm.saturated is None else f"{100 * arm.saturated:.1f}",
     )
 
 
