@@ -498,6 +498,16 @@ def test_a_parameter_without_gradient_is_warned_about():
         fit(network(), batches(), epochs=1, seed=0)
 
 
+@pytest.mark.filterwarnings("ignore:expected a gradient")
+def test_an_optimizer_of_what_nothing_depends_on_is_refused():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(()))], lr=1.0)
+    with pytest.raises(FlexureError, match="none for any of them .parameter 0 of group 0"):
+        fit(network(), batches(), epochs=1, seed=0, optimizer=optimizer)
+    optimizer = torch.optim.SGD([torch.ones(())], lr=1.0)
+    with pytest.raises(FlexureError, match="optimiser of trainable parameters"):
+        fit(network(), batches(), epochs=1, seed=0, optimizer=optimizer)
+
+
 def test_a_loss_that_is_not_finite_names_the_largest_gradient_before_it():
     good, bad = batches()[0], (torch.full((2, 2), float("nan")), torch.tensor([0, 1]))
     model = nn.Sequential(nn.BatchNorm1d(2), network())

@@ -18,8 +18,9 @@ from tests.train import scenarios
 ROOT = Path(__file__).parents[2]
 
 
-def run(command: list[str], **extra: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | extra
+def run(command: list[str]) -> subprocess.Popen:
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([sys.executable, *command], env=environment, cwd=ROOT)
 
 

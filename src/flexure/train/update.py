@@ -257,6 +257,11 @@ def _differentiate(value: Tensor) -> None:
 def _gradient_norms(parameters: Mapping[str, nn.Parameter]) -> tuple[list[str], Tensor]:
     """The names of the parameters with a gradient, and its norm for each."""
     grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    if not grads:
+        raise FlexureError(
+            f"expected a gradient for the trained parameters, got none for any of them "
+            f"({_shown(list(parameters))}); give the optimiser what the output depends on"
+        )
     dense = [g.coalesce().values() if g.is_sparse else g for g in grads.values()]
     norms = torch._foreach_norm(dense)
     return list(grads), torch.stack([norm.to(norms[0].device) for norm in norms])
