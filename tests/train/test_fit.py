@@ -501,7 +501,7 @@ def test_a_parameter_without_gradient_is_warned_about():
 @pytest.mark.filterwarnings("ignore:expected a gradient")
 def test_an_optimizer_of_what_nothing_depends_on_is_refused():
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(()))], lr=1.0)
-    with pytest.raises(FlexureError, match="none for any of them .parameter 0 of group 0"):
+    with pytest.raises(FlexureError, match=r"none for any of them .parameter 0 of group 0"):
         fit(network(), batches(), epochs=1, seed=0, optimizer=optimizer)
     optimizer = torch.optim.SGD([torch.ones(())], lr=1.0)
     with pytest.raises(FlexureError, match="optimiser of trainable parameters"):

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from flexure.contracts import FlexureError
 from flexure.methods.features import FeatureReader
-from flexure.methods.progress import ProgressReporter
 from flexure.methods.samples import Samples
 from flexure.methods.steer import Steering
 from flexure.methods.store import Store
+from flexure.progress import ProgressReporter
 
 __all__ = ["Backbone", "Clock", "Dial", "Pair"]
 

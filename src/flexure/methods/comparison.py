@@ -16,9 +16,9 @@ from torch import Tensor
 from flexure.methods.backbone import Backbone, Clock, Dial, Pair
 from flexure.methods.interpolation import held_out, interpolate, nodes
 from flexure.methods.probe import Probe, fit_probes, fit_published_probes
-from flexure.methods.progress import ProgressReporter
 from flexure.methods.samples import Samples
 from flexure.methods.search_result import FeatureInfo, InterpolationCheck, Setting, standard_error
+from flexure.progress import ProgressReporter
 
 __all__ = ["Row", "Trainer", "compare"]
 

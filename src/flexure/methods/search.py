@@ -29,7 +29,6 @@ from flexure.methods.features import (
     fingerprint,
     head_module,
 )
-from flexure.methods.progress import Progress, ProgressReporter
 from flexure.methods.samples import Samples, check_disjoint, check_labels, read_samples
 from flexure.methods.search_result import (
     BetaSearch,
@@ -41,6 +40,7 @@ from flexure.methods.search_result import (
 )
 from flexure.methods.steer import Steering, steer
 from flexure.methods.store import Store
+from flexure.progress import Progress, ProgressReporter
 from flexure.record import versions
 from flexure.surgery.sites import Where
 from flexure.surgery.wrapped import unwrapped
