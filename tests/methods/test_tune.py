@@ -18,6 +18,7 @@ from flexure.methods import tune_run
 from flexure.methods.baselines import LinearProbe
 from flexure.methods.features import fingerprint
 from flexure.methods.lora import LoRA
+from flexure.methods.shuffled import Shuffled
 from flexure.methods.trainable_ct import TrainableCT
 from flexure.methods.tune import tune
 from flexure.methods.tune_result import TuneResult
@@ -371,13 +372,27 @@ def test_batches_may_come_from_a_function_of_the_seed(found: TuneResult) -> None
     x, y = (torch.cat(parts) for parts in zip(*train, strict=True))
 
     def shuffled(seed: int) -> Any:
-        from flexure.methods.shuffled import Shuffled
-
         return Shuffled(x, y, 8, seed=seed, device=torch.device("cpu"))
 
     result = tune(network(), train=shuffled, val=val, test=test, arms=["lora"], **FAST)
     assert result.batch_size == 8
-    assert numbers(result)["arms"][1] == numbers(found)["arms"][2]
+    accuracy = result["lora"].accuracy
+    assert accuracy is not None
+    assert accuracy.samples == found.samples["test"]
+    again = tune(network(), train=shuffled, val=val, test=test, arms=["lora"], **FAST)
+    assert numbers(again) == numbers(result)
+
+
+def test_the_order_of_the_training_data_does_not_matter(found: TuneResult, tmp_path: Path) -> None:
+    """As of a loader that shuffles: another order each time, the same comparison."""
+    train, *_ = data()
+    x, y = (torch.cat(parts) for parts in zip(*train, strict=True))
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(5))
+    mixed = list(zip(x[order].split(30), y[order].split(30), strict=True))
+    compare(arms=["probe"], store=tmp_path)
+    result = compare(arms=["probe"], store=tmp_path, train=mixed)
+    assert numbers(result)["arms"][0] == numbers(compare(arms=["probe"], train=mixed))["arms"][0]
+    assert numbers(result)["arms"][0] == numbers(found)["arms"][0]
 
 
 def test_progress_is_told_in_steps() -> None:

@@ -17,7 +17,7 @@ from flexure.calling import map_tensors, rows_of
 from flexure.contracts import DataError
 from flexure.methods.samples import Samples
 
-__all__ = ["InOrder", "Shuffled", "joined"]
+__all__ = ["InOrder", "Shuffled", "at", "joined"]
 
 
 class Shuffled:
@@ -63,17 +63,8 @@ class Shuffled:
 
     def _run(self, order: Tensor) -> Iterator[tuple[Any, Tensor]]:
         for rows in torch.split(order, self._size):
-            yield self._take(rows), self._y[rows].to(self._device)
-
-    def _take(self, rows: Tensor) -> Any:
-        n, device = len(self._y), self._device
-
-        def take(leaf: Tensor) -> Tensor:
-            # What is not one row a sample belongs to every batch.
-            own = rows_of(leaf) == n
-            return (leaf[rows.to(leaf.device)] if own else leaf.clone()).to(device)
-
-        return map_tensors(self._x, take)
+            x = at(self._x, rows, len(self._y))
+            yield map_tensors(x, lambda leaf: leaf.to(self._device)), self._y[rows].to(self._device)
 
 
 class InOrder:
@@ -90,6 +81,15 @@ class InOrder:
             own = map_tensors(x, lambda leaf: leaf.to(self._device, copy=True))
             yield own, y.to(self._device)
             start += size
+
+
+def at(x: Any, rows: Tensor, samples: int) -> Any:
+    """Some samples, as copies: rows of every tensor that has one a sample, the others whole."""
+
+    def take(leaf: Tensor) -> Tensor:
+        return leaf[rows.to(leaf.device)] if rows_of(leaf) == samples else leaf.clone()
+
+    return map_tensors(x, take)
 
 
 def joined(samples: Samples) -> Any:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from itertools import combinations
 from typing import TypeAlias
 
+import torch
 from torch import nn
 
 from flexure.calling import as_batches, map_tensors, take
 from flexure.contracts import Batches, DataError, Example
 from flexure.methods.features import device_of
-from flexure.methods.samples import check_disjoint, check_labels, content, read_samples
-from flexure.methods.shuffled import InOrder, Shuffled, joined
+from flexure.methods.samples import Samples, check_disjoint, check_labels, content, read_samples
+from flexure.methods.shuffled import InOrder, Shuffled, at, joined
 
 __all__ = ["Train", "TuningData"]
 
@@ -73,7 +74,7 @@ class TuningData:
         }
         self.classes = check_labels(*self.splits.values())
         if self._given is None:
-            self._x = joined(self.splits["train"])
+            self._take_in(self.splits["train"])
             self.batch_size = min(batch_size, len(self.splits["train"]))
             self.steps = len(self._shuffled(seed))
         else:
@@ -104,10 +105,20 @@ class TuningData:
             found[f"{name} labels"] = labels.hexdigest()
         return found
 
+    def _take_in(self, split: Samples) -> None:
+        """Keeps all training samples, in an order that the one they came in does not change."""
+        keys = list(zip(split.digests, split.labels.tolist(), strict=True))
+        order = sorted(range(len(split)), key=keys.__getitem__)
+        rows = torch.tensor(order)
+        self._x, self._y = at(joined(split), rows, len(split)), split.labels[rows]
+        digests = tuple(split.digests[k] for k in order)
+        # The inputs are kept above; a second copy would double the memory.
+        self.splits["train"] = Samples("train", self._y, digests, (), False)
+
     def _shuffled(self, seed: int) -> Shuffled:
         return Shuffled(
             self._x,
-            self.splits["train"].labels,
+            self._y,
             self.batch_size,
             seed=seed,
             device=self._device,
