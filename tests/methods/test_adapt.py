@@ -161,6 +161,7 @@ class TestSwitching:
         model.conv.weight.grad = torch.ones_like(model.conv.weight)
         before = state(model)
         adaptation = put(model, name, classes=4)
+        assert all(parameter.grad is None for parameter in model.parameters())
         if adaptation.method.freezes:  # the mode of everything is the caller's otherwise
             train(adaptation)
         adaptation.disable()
@@ -406,6 +407,17 @@ class TestGradients:
         with pytest.raises(FlexureError, match=r"unused\.raw_beta"):
             model(x).sum().backward()
 
+    def test_a_backward_that_fails_is_none(self) -> None:
+        model = Unused()
+        adapt(model, TrainableCT(), example=self.X)
+        out = model(self.X)
+        out.register_hook(lambda gradient: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            out.sum().backward()
+        model.zero_grad()
+        with pytest.raises(FlexureError, match=r"unused\.raw_beta"):
+            model(self.X).sum().backward()
+
     def test_looks_once(self, model: Net, monkeypatch: pytest.MonkeyPatch) -> None:
         adaptation = adapt(model, TrainableCT(), example=X)
         looks = []
@@ -557,6 +569,31 @@ class TestBadInput:
         for row in (TrainableCT, FullFinetune):
             with pytest.raises(FlexureError, match="rate"):
                 row(learning_rate=rate)
+
+
+def test_buffers_that_a_layer_binds_anew() -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count = self.count + self.training
+            return self.head(x) + self.count
+
+    model, x = Counter().eval(), torch.randn(8, 4)
+    before = state(model)
+    adaptation = adapt(model, FullFinetune(), example=x)
+    model.train()(x)
+    model(x)
+    assert model.count == 2
+    adaptation.disable()
+    assert state(model.eval()) == before
+    adaptation.enable()
+    assert model.count == 2
+    adaptation.remove()
+    assert state(model) == before
 
 
 def test_heads_under_two_names_and_inside_the_network() -> None:

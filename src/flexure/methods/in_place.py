@@ -134,7 +134,7 @@ def mark(model: nn.Module, adaptation: InPlace) -> Callable[[], None]:
 class Mark:
     """Forward hook of an adapted model's root; its gradients are checked at the first backward.
 
-    Inert while compiling, exporting, tracing and inside `torch.func`, and in copies of the model.
+    Inert while compiling, exporting and tracing, and in copies of the model.
     """
 
     def __init__(self, owner: InPlace | None) -> None:
@@ -151,8 +151,6 @@ class Mark:
         if torch.compiler.is_compiling() or self.done or not torch.is_grad_enabled():
             return
         if torch._C._get_tracing_state() is not None:
-            return
-        if torch._C._are_functorch_transforms_active():
             return
         self.queued = False
         for tensor in _tensors(output):
