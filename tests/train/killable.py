@@ -1,13 +1,15 @@
 """A small training, started over and over by a warm process: what `test_kill.py` kills.
 
 The process has imported everything and forks one child per line of its input, `FOLDER EPOCHS
-CALL`. The child trains, with its state in FOLDER, and leaves its result in FOLDER/result. CALL is
+WHAT CALL`. The child trains the network (WHAT is `network`) or an adaptation of it (`adaptation`),
+with its state in FOLDER, and leaves its result in FOLDER/result. CALL is
 `never`, or `NAME:K`: the child then kills itself at its K-th call of `os.NAME`, between the steps
 of a save. Answers: the child's process number, a dot for every update, and how the child ended.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -18,6 +20,7 @@ import accelerate  # noqa: F401  # so that the children need not import it
 import torch
 from torch import nn
 
+import flexure
 from flexure.train import Checkpoint, cosine, fit
 from flexure.train.checkpoint import save_state
 
@@ -41,9 +44,14 @@ def data(count: int, seed: int) -> torch.utils.data.TensorDataset:
     return torch.utils.data.TensorDataset(noise + 0.4 * y.view(-1, 1, 1, 1), y)
 
 
-def train(folder: str, epochs: int) -> None:
+def train(folder: str, epochs: int, what: str) -> None:
     """Seven batches in an epoch, two of them in an update: the last update has one alone."""
     model = network()
+    groups: Any = model.parameters()
+    if what == "adaptation":
+        with contextlib.redirect_stdout(sys.stderr):
+            adaptation = flexure.adapt(model, flexure.TrainableCT(), example=data(2, 1)[:][0])
+        groups = adaptation.parameter_groups()
     loader = torch.utils.data.DataLoader(data(40, 1), batch_size=6, shuffle=True)
     rate = cosine(4 * epochs, warmup=3)
 
@@ -57,7 +65,7 @@ def train(folder: str, epochs: int) -> None:
         epochs=epochs,
         seed=3,
         val=list(torch.utils.data.DataLoader(data(30, 2), batch_size=15)),
-        optimizer=torch.optim.Adam(model.parameters(), lr=1e-2),
+        optimizer=torch.optim.Adam(groups, lr=1e-2),
         schedule=schedule,
         accumulate=2,
         keep="best",
@@ -94,13 +102,13 @@ def warm_up() -> None:
 def serve() -> None:
     warm_up()
     for line in sys.stdin:
-        folder, epochs, call = line.split()
+        folder, epochs, what, call = line.split()
         child = os.fork()
         if child == 0:
             try:
                 if call != "never":
                     die_at(call)
-                train(folder, int(epochs))
+                train(folder, int(epochs), what)
             except BaseException:
                 import traceback
 

@@ -243,7 +243,7 @@ for i in range(10**9):
 
 def test_a_reader_finds_a_whole_state_whenever_the_writer_is_killed(tmp_path):
     moments, seen, left = random.Random(0), set(), False
-    for _ in range(3):
+    for _ in range(2):
         child = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE
         )

@@ -33,10 +33,10 @@ class Trainings:
 
     def run(
         self, folder: Path, epochs: int, *, after: int | None = None, delay: float = 0.0,
-        call: str = "never",
+        call: str = "never", what: str = "network",
     ) -> int:  # fmt: skip
         """One child, killed `delay` seconds after its update `after`; returns its exit status."""
-        self.server.stdin.write(f"{folder} {epochs} {call}\n".encode())
+        self.server.stdin.write(f"{folder} {epochs} {what} {call}\n".encode())
         child = int(self.server.stdout.readline())
         if after is not None and self._saw(after):
             time.sleep(delay)
@@ -67,27 +67,30 @@ def result(folder: Path):
     return load_state(folder / "result")
 
 
-def killed_often(trainings: Trainings, folder: Path, kills: int, seed: int) -> int:
+def killed_often(
+    trainings: Trainings, folder: Path, kills: int, seed: int, what: str = "network"
+) -> int:
     """Kills a training so many times and lets it end; returns how many kills hit a save."""
+    folder.mkdir()
     draw = random.Random(seed)
     epochs = kills  # four updates each; a child lives for about two of them
     during_a_save = 0
     for kill in range(kills):
         if kill % 3 == 2:
             call = f"{draw.choice(['fsync', 'replace'])}:{draw.randint(1, 5)}"
-            status = trainings.run(folder, epochs, call=call)
+            status = trainings.run(folder, epochs, call=call, what=what)
         else:
             after, delay = draw.randint(0, 3), draw.random() * 0.01
-            status = trainings.run(folder, epochs, after=after, delay=delay)
+            status = trainings.run(folder, epochs, after=after, delay=delay, what=what)
         assert status == -signal.SIGKILL
         during_a_save += any(name.endswith(".tmp") for name in os.listdir(folder))
     assert result(folder) is None
-    assert trainings.run(folder, epochs) == 0
+    assert trainings.run(folder, epochs, what=what) == 0
     return during_a_save
 
 
-def undisturbed(trainings: Trainings, folder: Path, kills: int):
-    assert trainings.run(folder, kills) == 0
+def undisturbed(trainings: Trainings, folder: Path, kills: int, what: str = "network"):
+    assert trainings.run(folder, kills, what=what) == 0
     return result(folder)
 
 
@@ -111,3 +114,11 @@ def test_a_hundred_kills(tmp_path, trainings):
     expected = undisturbed(trainings, tmp_path / "undisturbed", 100)
     assert identical(result(tmp_path / "killed"), expected)
     assert hits >= 25
+
+
+@pytest.mark.slow
+def test_an_adaptation_that_is_killed(tmp_path, trainings):
+    killed_often(trainings, tmp_path / "killed", 12, seed=2, what="adaptation")
+    expected = undisturbed(trainings, tmp_path / "undisturbed", 12, what="adaptation")
+    assert identical(result(tmp_path / "killed"), expected)
+    assert "2.raw_beta" in expected["model"]
