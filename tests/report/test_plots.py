@@ -20,6 +20,8 @@ from flexure.report import (
     boundary,
     curves,
     estimates,
+    histogram,
+    over_depth,
     score_against_beta,
 )
 
@@ -51,6 +53,18 @@ PICTURES: dict[str, Callable[[], Picture]] = {
         baseline=None,
     ),
     "boundary": boundary_picture,
+    "histogram": lambda: histogram(
+        [np.array([0.0, 0.5, 0.99]), np.array([0.5, 0.5, 1.0])],
+        title="dial",
+        axis="beta",
+        start=0.8,
+    ),
+    "over depth": lambda: over_depth(
+        [[np.array([0.1, 0.2]), np.array([0.3])], [np.array([0.5, 0.9]), np.array([0.7])]],
+        title="dial over depth",
+        axis="beta",
+        start=0.5,
+    ),
     "estimates": lambda: estimates(
         [Estimate("seed 1", 0.5, -1, 2), Estimate("all", 0.7, 0.2, 1.2)],
         axis="gain (points)",
@@ -160,3 +174,14 @@ def test_a_network_with_one_answer_everywhere_can_be_drawn(recwarn: pytest.Warni
 def test_numbers_that_do_not_fit_are_refused(call: Callable[[], object]):
     with pytest.raises(FlexureError, match="expected"):
         call()
+
+
+def test_a_histogram_tells_its_mean_and_holds_every_value() -> None:
+    picture = histogram([np.array([0.0, 1.0]), np.array([0.5, 0.9])], title="t", axis="beta")
+    assert "mean 0.600" in picture.alt
+
+
+def test_depth_tells_the_first_and_the_last_median() -> None:
+    sites = [[np.array([0.1, 0.2, 0.3])], [np.array([0.4]), np.array([0.6])]]
+    picture = over_depth(sites, title="t", axis="beta")
+    assert "2 sites; the median goes from 0.200 at the first site to 0.500" in picture.alt

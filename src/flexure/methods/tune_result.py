@@ -35,7 +35,7 @@ class Run:
         losses: mean training loss of every epoch.
         val_accuracy: share of right answers on validation data after every epoch.
         kept: the epoch whose weights were kept, from 1: the best on validation data.
-        seconds: of training, validation included.
+        seconds: of training by the wall clock, with validation and saving.
         step_bytes: peak memory of one training step; None where it was not measured.
         predictions: (N,) int64, the class predicted for each test sample.
         betas: site -> beta of each channel after training, in network order.

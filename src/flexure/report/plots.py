@@ -266,7 +266,8 @@ def histogram(
     axes.bar(edges[:-1], shares.mean(0), width=1 / bins, align="edge", color=BLUE, alpha=0.55)
     if len(shares) > 1:
         middle = np.broadcast_to((edges[:-1] + edges[1:]) / 2, shares.shape)
-        axes.plot(middle.ravel(), shares.ravel(), "_", color=INK, markersize=5, label="each seed")
+        some = shares > 0  # dashes along the axis would say nothing
+        axes.plot(middle[some], shares[some], "_", color=INK, markersize=5, label="each seed")
     if start is not None:
         axes.axvline(start, **_REFERENCE, label=f"start, {start:g}")
     axes.set(xlabel=axis, ylabel="share of values (%)", title=title, xlim=(0, 1), ylim=(0, None))
@@ -298,7 +299,7 @@ def over_depth(
     axes.vlines(x, quarter, upper, color=BLUE, linewidth=4, label="25 to 75 %")
     axes.plot(x, median, "o", color=VERMILION, markersize=4.5, label="median")
     if start is not None:
-        axes.axhline(start, **_REFERENCE, label=f"start, {start:g}")
+        axes.axhline(start, **_REFERENCE, label=f"start, {start:g}", zorder=0)
     axes.set(xlabel="site (number in network order)", ylabel=axis, title=title, ylim=(-0.03, 1.03))
     axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(figure)

@@ -11,11 +11,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
+
 from flexure.methods.tune_result import ArmResult, Difference, TuneResult
 from flexure.report.page import Section, write_page
 from flexure.report.plots import Curve, Estimate, curves, estimates, histogram, over_depth
 from flexure.report.search import verdict
 from flexure.report.tables import Table, gain_text, percent, table_of
+from flexure.units.parameterization import saturated_share
 
 __all__ = ["tune_page", "tune_sections", "tune_summary"]
 
@@ -104,10 +107,9 @@ def _table_section(found: TuneResult) -> Section:
     return Section(
         "The arms",
         table=table_of(columns, rows, *(set(columns) - {"arm", "setting"})),
-        caption=f"{intervals} Training: wall-clock seconds of one run, mean over seeds, validation "
-        "included. "
-        "Step: peak memory that one training step (forward, backward, first update by Adam) needs "
-        "beyond the network and the batch.",
+        caption=f"{intervals} Training: wall-clock seconds of one run, mean over seeds, with "
+        "validation and saving. Step: peak memory that one training step (forward, backward, first "
+        "update by Adam) needs beyond the network and the batch.",
     )
 
 
@@ -218,10 +220,14 @@ def _dial_sections(arm: ArmResult) -> list[Section]:
     for name, axis, runs in dials:
         start = arm.method.get(f"init_{name}")
         start = start if isinstance(start, float) else None
-        title = f"Learned {name}"
-        spread.append(histogram([_flat(run) for run in runs], title=title, axis=axis, start=start))
+        values = [torch.cat([*run.values()]) for run in runs]
+        share = percent(saturated_share(*values))
+        title = f"Learned {name}, {share} saturated"
+        arrays = [value.numpy() for value in values]
+        spread.append(histogram(arrays, title=title, axis=axis, start=start))
         sites = [[run[site].numpy() for run in runs] for site in runs[0]]
-        depth.append(over_depth(sites, title=f"{title} over depth", axis=axis, start=start))
+        title = f"Learned {name} over depth"
+        depth.append(over_depth(sites, title=title, axis=axis, start=start))
     share, several = percent(arm.saturated or 0.0), len(arm.runs) > 1
     pooled = "bars are means over seeds, dashes the seeds" if several else "one seed"
     return [
@@ -239,9 +245,3 @@ def _dial_sections(arm: ArmResult) -> list[Section]:
             + (", all seeds together." if several else "."),
         ),
     ]
-
-
-def _flat(sites: Any) -> Any:
-    import numpy as np
-
-    return np.concatenate([values.numpy() for values in sites.values()])
