@@ -18,6 +18,7 @@ arms take turns in one process, and ratios are medians of the ratios within a ro
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import os
 import statistics
@@ -83,9 +84,9 @@ class Arm:
 
     def _install(self, name: str) -> Any:
         if name != PUBLISHED:
-            return adapt(
-                self.model, METHODS[name], example=self.x[:1], head=HEAD
-            ).parameter_groups()
+            with contextlib.redirect_stdout(None):  # the table tells the counts
+                adaptation = adapt(self.model, METHODS[name], example=self.x[:1], head=HEAD)
+            return adaptation.parameter_groups()
         self.model.requires_grad_(False).get_submodule(HEAD).requires_grad_(True)
         report = sites(self.model, self.x[:1])
         chosen = plan(report, report.sites, complete=True)

@@ -174,19 +174,24 @@ LIGHT: Mapping[type[nn.Module], type[nn.Module]] = {
 
 def _can_be_light(x: Tensor, *fixed: Tensor | None) -> bool:
     """Whether only `x` needs a gradient, and nothing watches what the function here would hide."""
-    return not (
+    if (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or not torch.is_grad_enabled()
         or any(t is not None and type(t) not in (Tensor, nn.Parameter) for t in (x, *fixed))
-        or not x.requires_grad
-        or any(t is not None and t.requires_grad for t in fixed)
-        or not x.is_floating_point()
-        or x.layout is not torch.strided
-        or x.device.type == "meta"
-    )
+    ):
+        return False
+    # A mode that routes activations would be asked about each of these attributes.
+    with torch._C.DisableTorchFunction():
+        return (
+            x.requires_grad
+            and x.is_floating_point()
+            and x.layout is torch.strided
+            and x.device.type != "meta"
+            and not any(t is not None and t.requires_grad for t in fixed)
+        )
 
 
 _FUNCTIONS: Mapping[tuple[int, bool], Callable[..., Tensor]] = {
@@ -241,9 +246,10 @@ class _Convolution(torch.autograd.Function):
         run: Callable[..., Tensor],
         geometry: tuple[Any, ...],
     ) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.layout, ctx.geometry = torch.empty_like(x, device="meta"), geometry
-        return run(x, weight, bias)
+        with torch._C.DisableTorchFunction():
+            ctx.save_for_backward(weight)
+            ctx.layout, ctx.geometry = torch.empty_like(x, device="meta"), geometry
+            return run(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -271,9 +277,10 @@ class _Normalization(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
     ) -> Tensor:
-        slope = 1.0 / torch.sqrt(var.to(torch.promote_types(var.dtype, torch.float32)) + eps)
-        ctx.save_for_backward(slope if weight is None else weight * slope)
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        with torch._C.DisableTorchFunction():
+            slope = 1.0 / torch.sqrt(var.to(torch.promote_types(var.dtype, torch.float32)) + eps)
+            ctx.save_for_backward(slope if weight is None else weight * slope)
+            return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
