@@ -131,6 +131,8 @@ class TestTraining:
         before = state(model)
         for row in (LinearProbe(), FullFinetune()):
             adaptation = adapt(model, row, example=X)
+            named = dict(model.named_parameters())
+            assert all(named[name].requires_grad for name in adaptation.trainable)
             train(adaptation)
             adaptation.remove()
             model.eval()
@@ -633,6 +635,21 @@ def test_activations_in_a_composed_head_are_left_alone() -> None:
     assert adaptation.active
     adaptation.remove()
     assert state(model) == before
+
+
+def test_hooks_inside_a_head_stay_the_users() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 3)))
+    x, calls = torch.randn(8, 4), []
+    before = model[2][0].register_forward_hook(lambda *args: calls.append("before"))
+    adapt(model, LinearProbe(), example=x, head="2")
+    calls.clear()
+    later = model[2][0].register_forward_hook(lambda *args: calls.append("later"))
+    model(x)
+    assert calls == ["before", "later"]
+    before.remove()
+    later.remove()
+    model(x)
+    assert calls == ["before", "later"]
 
 
 def test_every_method_satisfies_the_contract() -> None:

@@ -155,6 +155,9 @@ class TestStart:
         assert state(model) == before
 
     def test_saturated_share(self, model: Net) -> None:
+        with adapt(model, SteeredProbe(1.0), example=X, name="probe").enable() as probe:
+            assert probe.saturated == 0.0  # a constant is no sign of learning
+        probe.remove()
         adaptation = adapt(model, TrainableCT(), example=X)
         assert adaptation.saturated == 0.0
         with torch.no_grad():
