@@ -212,8 +212,11 @@ class Adaptation:
             raise FlexureError("expected trainable parameters, got a frozen adaptation: adapt anew")
         own = list(self._own().values())
         head = list(self._head_parameters().values())
+        # What else a method sets for its own parameters, such as Adam's eps; other optimisers
+        # carry a setting that they do not know along, unread.
+        settings = getattr(self.method, "optimizer_settings", {})
         groups: list[dict[str, Any]] = [
-            {"params": own, "lr": self.method.learning_rate, "name": self.method.name},
+            {"params": own, "lr": self.method.learning_rate, "name": self.method.name, **settings},
             {"params": head, "lr": head_learning_rate, "name": "head"},
         ]
         return [group for group in groups if group["params"]]

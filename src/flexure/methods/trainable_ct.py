@@ -56,6 +56,11 @@ class TrainableCT:
             object.__setattr__(self, "learning_rate", row.learning_rate)
         check_rate(self.learning_rate)
 
+    @property
+    def optimizer_settings(self) -> Mapping[str, float]:
+        """What its parameter group sets besides the rate: Adam's `eps`."""
+        return {"eps": find_parameterization(self.parameterization).epsilon}
+
     def install(
         self,
         model: nn.Module,

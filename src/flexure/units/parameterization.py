@@ -99,8 +99,8 @@ PARAMETERIZATIONS: Mapping[str, Parameterization] = {
             "reflected",
             _folded,
             _as_it_is,
-            1e-2,
-            1e-16,
+            2e-2,
+            1e-18,
             "the real line folded onto [0, 1]: the slope is 1 or -1 everywhere, so that no value "
             "absorbs, and a free random walk spreads evenly, 2 % of it saturated",
         ),
