@@ -25,8 +25,6 @@ from flexure.methods.search import search_beta
 from flexure.methods.search_result import BetaSearch
 from flexure.methods.steer import Steering, steer
 from flexure.methods.trainable_ct import TrainableCT
-from flexure.methods.tune import tune
-from flexure.methods.tune_result import TuneResult
 from flexure.models import load_model
 from flexure.surgery import SiteReport, sites
 from flexure.train.fit import History, fit
@@ -66,10 +64,21 @@ __all__ = [
     "units",
 ]
 
-_LAZY = ("recipes", "report")
+_LAZY = {
+    "TuneResult": "methods.tune_result",
+    "recipes": None,
+    "report": None,
+    "tune": "methods.tune",
+}
+"""Names that load when first used: a module, or what is in one."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return import_module(f"flexure.{name}")
-    raise AttributeError(f"module 'flexure' has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'flexure' has no attribute {name!r}")
+    place = _LAZY[name]
+    return (
+        import_module(f"flexure.{name}")
+        if place is None
+        else getattr(import_module(f"flexure.{place}"), name)
+    )

@@ -108,7 +108,7 @@ def _read(numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Run:
     own = {name: numbers[name] for name in Run.__dataclass_fields__ if name not in _TENSORS}
     lists = {name: tuple(value) for name, value in own.items() if isinstance(value, list)}
     # Files keep tensors in an order of their own; the network's is in the numbers.
-    sites = {
+    sites: dict[str, Any] = {
         dial: {site: tensors[f"{dial}/{site}"] for site in numbers["sites"][dial]}
         for dial in ("betas", "cs")
     }

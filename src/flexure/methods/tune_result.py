@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -165,7 +164,7 @@ class ArmResult:
     @property
     def seconds(self) -> float:
         """Mean over runs; of one training, validation included."""
-        return fmean(run.seconds for run in self.runs)
+        return sum(run.seconds for run in self.runs) / len(self.runs)
 
     @property
     def step_bytes(self) -> int | None:
@@ -176,7 +175,7 @@ class ArmResult:
     def saturated(self) -> float | None:
         """Share of learned betas and cs below 0.01 or above 0.99, mean over seeds."""
         shares = [run.saturated for run in self.runs if run.saturated is not None]
-        return fmean(shares) if shares else None
+        return sum(shares) / len(shares) if shares else None
 
     def to_dict(self) -> dict[str, Any]:
         """The arm in JSON terms, its derived numbers included."""
