@@ -652,6 +652,20 @@ def test_hooks_inside_a_head_stay_the_users() -> None:
     assert calls == ["before", "later"]
 
 
+def test_hooks_on_the_head_run_on_a_fresh_one_too(model: Net) -> None:
+    calls: list[str] = []
+    handle = model.head.register_forward_hook(lambda *args: calls.append("before"))
+    adaptation = adapt(model, LinearProbe(), example=X, classes=4)
+    calls.clear()
+    model(X)
+    handle.remove()
+    model(X)
+    assert calls == ["before"]
+    adaptation.remove()
+    model(X)
+    assert calls == ["before"]
+
+
 def test_every_method_satisfies_the_contract() -> None:
     for name, row in METHODS.items():
         made = method(name)

@@ -166,6 +166,26 @@ class TestStart:
 
 
 class TestSites:
+    def test_an_activation_that_the_example_did_not_show(self) -> None:
+        class Branch(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.body = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
+                self.head = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = F.relu(x) if x.mean() > 100 else x
+                return self.head(self.body(x))
+
+        model, x = Branch(), torch.randn(8, 4)
+        adaptation = adapt(model, TrainableCT(), example=x, head="head")
+        model(x)
+        with pytest.raises(SiteError, match="more activation calls"):
+            model(x + 1000)
+        adaptation.remove()
+        adapt(model, TrainableCT(), example=x, head="head", where="body.1")
+        model(x + 1000)
+
     def test_where(self, model: Net) -> None:
         adaptation = adapt(model, TrainableCT(), example=X, where=["act", "slope"])
         assert list(adaptation.betas()) == ["act", "slope"]
