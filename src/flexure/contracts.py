@@ -265,6 +265,11 @@ class AdaptationMethod(Protocol):
         """For its parameters, with Adam; `parameter_groups()` carry it."""
         ...
 
+    @property
+    def optimizer_settings(self) -> Mapping[str, float]:
+        """What their group sets besides the rate, such as Adam's eps; empty for most methods."""
+        ...
+
     def install(
         self, model: nn.Module, *, example: Example, where: Any, axis: Any, head: str | None
     ) -> InstalledMethod:

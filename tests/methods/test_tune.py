@@ -93,7 +93,7 @@ def test_every_arm_is_there_with_its_numbers(found: TuneResult) -> None:
         assert (arm.step_bytes or 0) > 0
         assert arm.seconds > 0
     sweeps = {arm.name: len(arm.candidates) for arm in found.arms}
-    assert sweeps == {"probe": 1, "steered": 4, "lora": 2, "trainable_ct": 2, "full": 2}
+    assert sweeps == {"probe": 1, "steered": 4, "lora": 2, "trainable_ct": 4, "full": 2}
 
 
 def test_the_difference_to_the_probe_is_paired(found: TuneResult) -> None:

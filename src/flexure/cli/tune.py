@@ -26,6 +26,7 @@ from flexure.cli.common import (
 from flexure.contracts import FlexureError, LoadedModel
 from flexure.data import PreparedBatches, load_data
 from flexure.methods.arms import ARMS, RATE_FACTORS
+from flexure.methods.head import HEAD_LEARNING_RATE
 from flexure.methods.tune import tune as compare
 from flexure.methods.tune_result import TuneResult
 from flexure.record import check_writable, record, write_json
@@ -55,6 +56,9 @@ def tune(
     rate_factors: Annotated[
         str, typer.Option(help="Sweep: factors on each arm's own learning rate, with commas.")
     ] = _FACTORS,
+    head_rate: Annotated[
+        float, typer.Option(help="Learning rate of every arm's head.")
+    ] = HEAD_LEARNING_RATE,
     head: Annotated[
         str | None, typer.Option(help="Path of the head; default: the last Linear.")
     ] = None,
@@ -91,6 +95,7 @@ def tune(
             epochs=epochs,
             batch_size=batch_size,
             rate_factors=factors,
+            head_learning_rate=head_rate,
             head=head or loaded.head,
             where=where or None,
             store=store,
@@ -99,7 +104,8 @@ def tune(
         )
     config = {
         "model": model, "data": data, "arms": _names(arms), "epochs": epochs,
-        "seeds": list(found.seeds), "rate_factors": factors, "head": found.head, "where": where,
+        "seeds": list(found.seeds), "rate_factors": factors, "head_rate": head_rate,
+        "head": found.head, "where": where,
         "sizes": sizes, "split_seed": seed, "preprocess": repr(loaded.preprocess),
         "batch_size": batch_size, "device": device,
     }  # fmt: skip

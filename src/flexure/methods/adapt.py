@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flexure.calling import seeded
 from flexure.contracts import AdaptationMethod, Example, FlexureError, InstalledMethod
-from flexure.methods.head import Head, copied_head, find_head, fresh_head
+from flexure.methods.head import HEAD_LEARNING_RATE, Head, copied_head, find_head, fresh_head
 from flexure.methods.hub import push_folder
 from flexure.methods.in_place import (
     Switch,
@@ -198,7 +198,9 @@ class Adaptation:
             return 0.0
         return saturated_share(*self.betas().values(), *self.cs().values())
 
-    def parameter_groups(self, head_learning_rate: float = 1e-3) -> list[dict[str, Any]]:
+    def parameter_groups(
+        self, head_learning_rate: float = HEAD_LEARNING_RATE
+    ) -> list[dict[str, Any]]:
         """The trained parameters for any optimiser: the method's, at its own rate, and the head's.
 
         Args:
@@ -212,9 +214,8 @@ class Adaptation:
             raise FlexureError("expected trainable parameters, got a frozen adaptation: adapt anew")
         own = list(self._own().values())
         head = list(self._head_parameters().values())
-        # What else a method sets for its own parameters, such as Adam's eps; other optimisers
-        # carry a setting that they do not know along, unread.
-        settings = getattr(self.method, "optimizer_settings", {})
+        # Optimisers carry a setting that they do not know along, unread.
+        settings = self.method.optimizer_settings
         groups: list[dict[str, Any]] = [
             {"params": own, "lr": self.method.learning_rate, "name": self.method.name, **settings},
             {"params": head, "lr": head_learning_rate, "name": "head"},

@@ -28,6 +28,13 @@ RATE_FACTORS: tuple[float, ...] = (1.0, 0.3, 3.0, 10.0)
 _STEERED_BETAS = (1.0, 0.95, 0.9, 0.8)
 """As many as there are learning rates; beta = 1, which is the probe on a ReLU network, first."""
 
+_TRAINABLE_CT = tuple(
+    TrainableCT(init_beta=beta, learning_rate=factor * TrainableCT().learning_rate)
+    for beta in (0.8, 0.5)  # the paper's, and one whose units bend from the start
+    for factor in (1.0, 3.0)
+)
+"""As many again. Where beta starts matters at least as much as the rate."""
+
 _OF_ACTIVATIONS = frozenset({SteeredProbe.name, TrainableCT.name})
 
 Arms: TypeAlias = (
@@ -82,7 +89,7 @@ ARMS: Mapping[str, AdaptationMethod | Sequence[AdaptationMethod]] = {
     PROBE: LinearProbe(),
     "steered": tuple(SteeredProbe(beta) for beta in _STEERED_BETAS),
     "lora": LoRA(),
-    "trainable_ct": TrainableCT(),
+    "trainable_ct": _TRAINABLE_CT,
     "full": FullFinetune(),
 }
 """The arms that `tune` knows by name."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flexure.contracts import Example
 from flexure.methods.finetune import NothingInstalled, Weights, check_names, check_unused
+from flexure.methods.head import HEAD_LEARNING_RATE
 from flexure.methods.placing import Maker, PlacedUnits, load_units, place_units
 from flexure.methods.trainable_ct import check_rate
 from flexure.surgery.sites import Site
@@ -21,9 +22,6 @@ from flexure.units.unit import CTU
 
 __all__ = ["FullFinetune", "LinearProbe", "SteeredProbe"]
 
-_HEAD_RATE = 1e-3
-"""Of methods that train the head alone, whose own rate is never used."""
-
 
 @dataclass(frozen=True)
 class LinearProbe:
@@ -31,7 +29,8 @@ class LinearProbe:
 
     name: ClassVar[str] = "linear_probe"
     freezes: ClassVar[bool] = True
-    learning_rate: ClassVar[float] = _HEAD_RATE
+    optimizer_settings: ClassVar[Mapping[str, float]] = {}
+    learning_rate: ClassVar[float] = HEAD_LEARNING_RATE
 
     def install(
         self,
@@ -76,7 +75,8 @@ class SteeredProbe:
 
     name: ClassVar[str] = "steered_probe"
     freezes: ClassVar[bool] = True
-    learning_rate: ClassVar[float] = _HEAD_RATE
+    optimizer_settings: ClassVar[Mapping[str, float]] = {}
+    learning_rate: ClassVar[float] = HEAD_LEARNING_RATE
 
     beta: float
     c: float | str = 0.5
@@ -130,6 +130,7 @@ class FullFinetune:
 
     name: ClassVar[str] = "full_finetune"
     freezes: ClassVar[bool] = False
+    optimizer_settings: ClassVar[Mapping[str, float]] = {}
 
     learning_rate: float = 1e-4
 

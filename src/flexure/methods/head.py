@@ -18,7 +18,10 @@ from flexure.methods.features import check_head, default_head, head_module
 from flexure.surgery.replace import HOOKS, linear_of, replace_module
 from flexure.surgery.wrapped import is_tuned, module_at, plain_path
 
-__all__ = ["Head", "copied_head", "find_head", "fresh_head", "stored_head"]
+__all__ = ["HEAD_LEARNING_RATE", "Head", "copied_head", "find_head", "fresh_head", "stored_head"]
+
+HEAD_LEARNING_RATE = 1e-3
+"""Of the head in every comparison, with Adam; as published for the probe (SPEC.md, section 1)."""
 
 
 class Head:

@@ -44,6 +44,7 @@ class LoRA:
 
     name: ClassVar[str] = "lora"
     freezes: ClassVar[bool] = True
+    optimizer_settings: ClassVar[Mapping[str, float]] = {}
 
     rank: int = 1
     alpha: float = 1.0

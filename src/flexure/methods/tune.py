@@ -23,6 +23,7 @@ from flexure.contracts import Batches, Example, FlexureError
 from flexure.methods.arms import RATE_FACTORS, Arm, Arms, Trial, arms_of
 from flexure.methods.backbone import Clock
 from flexure.methods.features import check_head, default_head, fingerprint, head_module
+from flexure.methods.head import HEAD_LEARNING_RATE
 from flexure.methods.in_place import adaptation_in_place
 from flexure.methods.run_store import RunStore
 from flexure.methods.tune_result import ArmResult, Candidate, Run, TuneResult, compared
@@ -52,6 +53,7 @@ def tune(
     batch_size: int = 32,
     schedule: Callable[[int], Schedule] | None = step_schedule,
     rate_factors: Sequence[float] = RATE_FACTORS,
+    head_learning_rate: float = HEAD_LEARNING_RATE,
     head: str | None = None,
     where: Where = None,
     example: Example | None = None,
@@ -62,7 +64,7 @@ def tune(
     """Compares ways to adapt a pretrained network: the same data, head, order and schedule.
 
     Every arm replaces the head by the same fresh one for the same seed, sees the same batches in
-    the same order, and is trained by `flexure.fit` with Adam (the head at 1e-3), the same schedule
+    the same order, and is trained by `flexure.fit` with Adam, the same schedule
     and number of epochs; the weights after the epoch that is best on `val` count. What an arm may
     choose (its learning rate; the steered network its beta), it chooses on `val`, by the run from
     the first seed; of equals the first one counts. Then that setting is trained from every seed.
@@ -86,6 +88,9 @@ def tune(
         schedule: steps per epoch -> schedule; default: the published one, linear warm-up in the
             first epoch and a tenth after ten. None: constant rates.
         rate_factors: the sweep, as factors on a method's own learning rate.
+        head_learning_rate: of every arm's head, as published. In few steps it leaves the head,
+            and with it the probe, far from converged: what an arm then gains over the probe is
+            partly the head's training that it makes up for.
         head: path of the classification layer; default: the `nn.Linear` that gives the logits.
         where: the activation sites that steered and Trainable CT arms adapt, as in `adapt`; which
             layers LoRA adapts is a setting of its own.
@@ -122,6 +127,7 @@ def tune(
         where=where,
         epochs=epochs,
         schedule=None if schedule is None else schedule(data.steps),
+        head_learning_rate=head_learning_rate,
     )
     with _stored(store, task, data) as runs, _reporting(progress) as reporter:
         kept = {"resumable": store is not None, "save": folder is not None}
@@ -247,6 +253,7 @@ def _stored(
         "head": task.head,
         "where": repr(task.where),
         "training": f"{task.epochs} epochs of {data.steps} steps of {data.batch_size}",
+        "head's learning rate": repr(float(task.head_learning_rate)),
         "schedule": hashlib.blake2b(factors, digest_size=16).hexdigest(),
         "library": f"flexure {library['flexure']}, torch {library['torch']}",
     }

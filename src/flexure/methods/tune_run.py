@@ -45,6 +45,7 @@ class Task:
         where: the activation sites to adapt, by the methods that adapt activations.
         epochs: of each run.
         schedule: factor on every learning rate at each step.
+        head_learning_rate: of every arm's head.
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class Task:
     where: Where
     epochs: int
     schedule: Schedule | None
+    head_learning_rate: float
 
 
 def train_once(
@@ -144,7 +146,7 @@ def _trained(
             epochs=task.epochs,
             seed=seed,
             val=task.val,
-            optimizer=torch.optim.Adam(adaptation.parameter_groups()),
+            optimizer=torch.optim.Adam(adaptation.parameter_groups(task.head_learning_rate)),
             schedule=task.schedule,
             keep="best",
             checkpoint=state,
@@ -181,7 +183,7 @@ def _predictions(task: Task) -> Tensor:
 def _step_bytes(task: Task, adaptation: Adaptation, seed: int) -> int:
     """Peak memory of one training step: forward, backward, and the first update by Adam."""
     batch = next(iter(task.train(seed)))
-    optimizer = torch.optim.Adam(adaptation.parameter_groups())
+    optimizer = torch.optim.Adam(adaptation.parameter_groups(task.head_learning_rate))
     return peak_bytes(
         lambda: fit(task.model, [batch], epochs=1, seed=seed, optimizer=optimizer),
         device=device_of(task.model),

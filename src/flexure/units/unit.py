@@ -76,6 +76,9 @@ class CTU(nn.Module):
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("shift", None, persistent=False)
         self.dial(beta, c)
+        # torch.export lifts buffers in order, and stumbles over a None before a tensor.
+        for key in ("scale", "shift"):
+            self._buffers[key] = self._buffers.pop(key)
 
     def dial(self, beta: float | Tensor, c: float | Tensor | str) -> None:
         """Sets beta and c; a calibration made for another dial is dropped."""
