@@ -36,11 +36,15 @@ from flexure.train.randomness import reproducible, update_randomness
 from flexure.train.resume import Saver, Weights, settings_of
 from flexure.train.step import Run, TrainingStep, part, samples_in, shares
 from flexure.train.update import Loss, Objective, Updater
+from flexure.units.trainable import learned_saturation
 
 __all__ = ["History", "Loss", "Schedule", "fit"]
 
 Schedule = Callable[[int], float]
 """Update, counted from 0 -> factor on each of the optimiser's own learning rates."""
+
+_MUCH_SATURATED = 0.05
+"""The share that noise alone must not reach (SPEC.md, Trainable CT)."""
 
 _PRECISIONS = {None: None, "bf16": torch.bfloat16}
 
@@ -177,6 +181,8 @@ class _Loop:
                 position = None
         if self.keep == "best" and record.best is not None:
             self.weights.load(record.best)
+        if run.processes.is_first:
+            _warn_of_saturation(record)
         return record.history()
 
     def _epoch(
@@ -203,6 +209,8 @@ class _Loop:
         self.run.processes.average_in_place(self.run.model.buffers())
         record.epoch_ends.append(len(record.losses))
         record.learning_rates.append(self.rates.now())
+        if (saturated := learned_saturation(self.run.model)) is not None:
+            record.saturated.append(saturated)
         if val is not None:
             record.val_accuracy.append(_accuracy(self.run, val))
             best = record.best_epoch
@@ -332,6 +340,16 @@ def _gather(run: Run) -> None:
             f"expected layers that treat samples alone, got {len(apart)} BatchNorm layers in train "
             f"mode: each of the {processes.count} processes normalises with its own share of a "
             f"batch; use torch.nn.SyncBatchNorm.convert_sync_batchnorm, or other layers",
+            stacklevel=4,
+        )
+
+
+def _warn_of_saturation(record: Record) -> None:
+    if record.saturated and record.saturated[-1] > _MUCH_SATURATED:
+        warnings.warn(
+            f"expected at most {_MUCH_SATURATED:.0%} of the learned beta and c to be saturated "
+            f"(below 0.01 or above 0.99), got {record.saturated[-1]:.1%}: they may follow noise; "
+            f"lower their learning rate, or compare with another start",
             stacklevel=4,
         )
 

@@ -26,6 +26,8 @@ class History:
         penalties: name -> the unweighted penalty, its mean over the updates of every epoch.
         learning_rates: the rate of each of the optimiser's groups, at the last update of every
             epoch.
+        saturated: share of the learned beta and c of Trainable CT below 0.01 or above 0.99, after
+            every epoch; empty where none is learned. `fit` warns of more than 5 %.
         best_epoch: the first one, from 0, with the highest accuracy on `val`; None without `val`.
         seconds: spent, also before an interruption.
     """
@@ -35,6 +37,7 @@ class History:
     val_accuracy: tuple[float, ...]
     penalties: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     learning_rates: tuple[tuple[float, ...], ...] = ()
+    saturated: tuple[float, ...] = ()
     best_epoch: int | None = None
     seconds: float = field(default=0.0, compare=False)
 
@@ -52,6 +55,7 @@ class Record:
         epoch_ends: the number of updates at the end of every epoch.
         val_accuracy: see `History`.
         learning_rates: see `History`.
+        saturated: see `History`.
         best_epoch: see `History`.
         best: the values of what is trained, after the best epoch.
         seconds: spent.
@@ -65,6 +69,7 @@ class Record:
     epoch_ends: list[int] = field(default_factory=list)
     val_accuracy: list[float] = field(default_factory=list)
     learning_rates: list[list[float]] = field(default_factory=list)
+    saturated: list[float] = field(default_factory=list)
     best_epoch: int | None = None
     best: dict[str, Tensor] | None = None
     seconds: float = 0.0
@@ -90,6 +95,7 @@ class Record:
                 for i, name in enumerate(self.names)
             },
             learning_rates=tuple(map(tuple, self.learning_rates)),
+            saturated=tuple(self.saturated),
             best_epoch=self.best_epoch,
             seconds=self.seconds,
         )

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from flexure.contracts import FlexureError, SiteError
 from flexure.units.functional import balanced_c, check_dial
-from flexure.units.parameterization import DEFAULT, find_parameterization
+from flexure.units.parameterization import DEFAULT, find_parameterization, saturated_share
 from flexure.units.unit import CTU
 
-__all__ = ["TrainableCTU"]
+__all__ = ["TrainableCTU", "learned_saturation"]
 
 
 class TrainableCTU(CTU):
@@ -163,3 +163,16 @@ class TrainableCTU(CTU):
                 f"where the gradient is exactly 0 ({self.parameterization}); start inside, for "
                 "example at 0.99"
             )
+
+
+def learned_saturation(model: nn.Module) -> float | None:
+    """The saturated share of the dials that a network learns; None where it learns none.
+
+    Args:
+        model: a network with units in place.
+    """
+    units = [module for module in model.modules() if isinstance(module, TrainableCTU)]
+    if not units:
+        return None
+    with torch.no_grad():
+        return saturated_share(*(dial for unit in units for dial in (unit.beta, unit.c)))
