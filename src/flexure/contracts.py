@@ -267,7 +267,7 @@ class AdaptationMethod(Protocol):
 
     @property
     def optimizer_settings(self) -> Mapping[str, float]:
-        """What their group sets besides the rate, such as Adam's eps; empty for most methods."""
+        """What their group sets for Adam and its kin besides the rate; empty for most methods."""
         ...
 
     def install(

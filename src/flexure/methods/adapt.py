@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flexure.calling import seeded
 from flexure.contracts import AdaptationMethod, Example, FlexureError, InstalledMethod
+from flexure.methods.groups import ParameterGroup
 from flexure.methods.head import HEAD_LEARNING_RATE, Head, copied_head, find_head, fresh_head
 from flexure.methods.hub import push_folder
 from flexure.methods.in_place import (
@@ -214,10 +215,9 @@ class Adaptation:
             raise FlexureError("expected trainable parameters, got a frozen adaptation: adapt anew")
         own = list(self._own().values())
         head = list(self._head_parameters().values())
-        # Optimisers carry a setting that they do not know along, unread.
-        settings = self.method.optimizer_settings
+        method = {"params": own, "lr": self.method.learning_rate, "name": self.method.name}
         groups: list[dict[str, Any]] = [
-            {"params": own, "lr": self.method.learning_rate, "name": self.method.name, **settings},
+            ParameterGroup(method, self.method.optimizer_settings),
             {"params": head, "lr": head_learning_rate, "name": "head"},
         ]
         return [group for group in groups if group["params"]]
