@@ -49,7 +49,7 @@ def saved(name: str, folder: Path, **options: Any) -> Tensor:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object], which: str = CONFIG) -> None:
-    """Changes one of the two files; the tensors as `save_file` of another library would."""
+    """Changes one of the two files; the tensors without a digest, so that they are looked at."""
     path = folder / which
     if which == CONFIG:
         values = json.loads(path.read_text())
@@ -59,6 +59,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object], which: str = 
         values = load_file(path)
         change(values)
         save_file(values, path)
+        edit(folder, lambda c: c.pop("digest", None))
 
 
 class TestRoundTrip:
@@ -377,6 +378,28 @@ class TestDamage:
             adaptation.save(tmp_path)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
 
+    @EVERY
+    @pytest.mark.parametrize("at", [-1, -7])
+    def test_flipped_bits(self, name: str, at: int, tmp_path: Path) -> None:
+        saved(name, tmp_path)
+        path = tmp_path / TENSORS
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+        model = net()
+        before = state(model)
+        with pytest.raises(AdapterError, match=r"is damaged: .* digest"):
+            load_adapter(model, tmp_path)
+        assert state(model) == before
+
+    def test_a_digest_in_one_file_only(self, tmp_path: Path) -> None:
+        saved("trainable_ct", tmp_path)
+        save_file(load_file(tmp_path / TENSORS), tmp_path / TENSORS)
+        with pytest.raises(AdapterError, match="two files of one save"):
+            load_adapter(net(), tmp_path)
+        edit(tmp_path, lambda c: c.pop("digest"))
+        load_adapter(net(), tmp_path)
+
     def test_half_of_another_save(self, model: Net, tmp_path: Path) -> None:
         adaptation = put(model, "trainable_ct")
         adaptation.save(tmp_path / "a")
@@ -467,7 +490,7 @@ def test_steering_files_still_load(model: Net, tmp_path: Path) -> None:
     with flexure.steer(model, beta=0.8, example=X) as steering:
         expected = model(X)
         steering.save(tmp_path)
-    edit(tmp_path, lambda c: c.pop("digest"))  # as files were before
+    edit(tmp_path, lambda t: None, TENSORS)  # as files were before, with no digest
     with load_adapter(model, tmp_path):
         assert torch.equal(model(X), expected)
     model.head = nn.Identity()

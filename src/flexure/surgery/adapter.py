@@ -52,7 +52,7 @@ def write_adapter(folder: str | os.PathLike[str], adapter: AdapterFile) -> None:
     """Writes both files, each atomically: a reader never sees half a file.
 
     Both are complete before either takes its place: an interrupted save leaves what was there. Each
-    holds a digest of the tensors, so that files of two saves are told apart.
+    holds a digest of the tensors, so that files of two saves are told apart, and damage is seen.
 
     Raises:
         AdapterError: the folder cannot be written.
@@ -134,10 +134,16 @@ def _read_tensors(path: Path, digest: object) -> dict[str, Tensor]:
         raise AdapterError(f"no adapter at {path.parent}: {path.name} is missing") from error
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path} is damaged: {error}; save the adapter again") from error
-    if own is not None and digest is not None and own != digest:
+    # Steerings were once saved without: then neither file has one.
+    if own != digest:
         raise AdapterError(
             f"expected two files of one save in {path.parent}, got those of two, one of them "
-            f"interrupted; save the adapter again"
+            f"interrupted, or changed by another program; save the adapter again"
+        )
+    if own is not None and own != _digest(tensors):
+        raise AdapterError(
+            f"{path} is damaged: expected the tensors that were saved, of digest {own}, got others "
+            f"of the same size; save the adapter again"
         )
     return tensors
 
