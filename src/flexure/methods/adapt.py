@@ -53,9 +53,9 @@ def adapt(
     another is enabled. One line with the trainable share is printed.
 
     Args:
-        model: a pretrained network. Of a PEFT model the one inside is adapted: paths are those
-            after a merge, which the adaptation survives, and PEFT's parameters are frozen as all
-            else (`requires_grad_` afterwards trains both).
+        model: a pretrained network; of one that is wrapped (torch.compile, parallel, PEFT) the one
+            inside. With PEFT paths are those after a merge, which the adaptation survives, and its
+            parameters are frozen as all else. `DistributedDataParallel` is made after adapting.
         method: such as `TrainableCT()`.
         example: one input, to find sites and head with: a tensor, a tuple or a dict.
         head: path of the classification layer; default: the last `nn.Linear`.
@@ -372,7 +372,8 @@ class Adaptation:
             self._installed.insert()
             undo.callback(self._installed.withdraw)
             if self.method.freezes or self._frozen:
-                undo.callback(freeze(self.model, trainable=self._all()))
+                trained = () if self._frozen else (self._head.module,)
+                undo.callback(freeze(self.model, trainable=self._all(), following=trained))
             undo.callback(mark(self.model, self))
             self._undo = undo.pop_all()
         chosen = {id(parameter) for parameter in self._all()}

@@ -53,7 +53,8 @@ def steer(
     it exactly. Weights are not touched. At beta = 1 a ReLU network computes what it did before.
 
     Args:
-        model: a pretrained network; of a PEFT model the one inside is steered.
+        model: a pretrained network; of one that is wrapped (torch.compile, parallel, PEFT) the one
+            inside is steered.
         beta: the dial in [0, 1], or `{site pattern: beta}`: the first pattern that matches a
             site counts, and a site that none matches keeps its activation.
         c: the mixture in [0, 1] (0.5 in the paper), `"balanced"` for beta²/(1+beta²), which

@@ -1,8 +1,9 @@
-"""Networks inside wrappers of other libraries.
+"""Networks inside wrappers, of PyTorch and of other libraries.
 
-PEFT keeps a network in a wrapper, and layers that it trains whole in wrappers inside it;
-`merge_and_unload()` hands out the network without any. What flexure puts into a model goes into
-the network itself, by the paths that it has after a merge: it then survives one.
+`torch.compile` and data parallelism wrap a network, and so does PEFT, which also keeps layers that
+it trains whole in wrappers inside it; `merge_and_unload()` hands out the network without any. What
+flexure puts into a model goes into the network itself, by the paths that it has on its own, or
+after a merge: it then survives one, and its files load on either.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from typing import Any
 
 from torch import nn
 
+from flexure.contracts import FlexureError
+
 __all__ = ["is_tuned", "module_at", "plain_path", "unwrapped"]
 
 _AROUND = (
     ("peft", "PeftModel", "base_model"),
     ("peft", "PeftMixedModel", "base_model"),
     ("peft.tuners.tuners_utils", "BaseTuner", "model"),
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
 )
 """Module and class of each wrapper, and its attribute that holds what is inside."""
 
@@ -28,7 +34,15 @@ _COPIES = "modules_to_save"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside PEFT's wrappers; a model in no wrapper as it is."""
+    """The network inside all wrappers; a model in no wrapper as it is.
+
+    Raises:
+        FlexureError: it is no network.
+    """
+    if not isinstance(model, nn.Module):
+        raise FlexureError(
+            f"expected a network, an nn.Module, got {model!r}; load_model(address).model is one"
+        )
     for module, name, attribute in _AROUND:
         if _is(model, module, name):
             inside: nn.Module = getattr(model, attribute)
