@@ -75,6 +75,22 @@ def frozen_modes(model: Headed) -> list[bool]:
     ]
 
 
+class Counting(nn.Module):
+    """What a user writes: a buffer that moves in train mode, around what is trained."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.inner = inner
+        self.drop = nn.Dropout(0.5)
+        self.norm = nn.BatchNorm1d(8, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return self.drop(self.norm(self.inner(x)))
+
+
 # --- What freeze does, and undoes ---
 
 
@@ -104,7 +120,7 @@ def test_undo_restores_everything_a_module_holds():
         for m in model.modules()
     ]
     text = repr(model)
-    undo = freeze(model, trainable=trainable)
+    undo = freeze(model, trainable=trainable, following=[model.head])
     assert repr(model) == text
     model.train()
     model(torch.randn(2, 3, 4, 4))
@@ -142,7 +158,7 @@ def test_nothing_trainable_and_everything_trainable():
     assert not any(p.requires_grad for p in model.parameters())
     assert not any(m.training for m in model.train().modules())
     undo()
-    undo = freeze(model, trainable=model.parameters())
+    undo = freeze(model, trainable=model.parameters(), following=[model])
     assert all(m.training for m in model.train().modules())
     assert all(type(m) not in LIGHT.values() for m in model.modules())
     undo()
@@ -196,6 +212,27 @@ def test_freezing_what_is_frozen():
     assert type(model.body[0]) is nn.Conv2d
 
 
+def test_gradients_that_came_meanwhile_are_taken_away():
+    model, trainable = headed()
+    undo = freeze(model, trainable=trainable)
+    model.requires_grad_(True)
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert model.body[0].weight.grad is not None
+    undo()
+    ids = {id(p) for p in trainable}
+    assert all(p.grad is None for p in model.parameters() if id(p) not in ids)
+
+
+def test_gradients_kept_aside_are_put_back_into_a_model_that_was_cast():
+    model, trainable = headed()
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+    expected = model.body[0].weight.grad.clone()
+    undo = freeze(model, trainable=trainable)
+    model.double()
+    undo()
+    assert torch.equal(model.body[0].weight.grad, expected.double())
+
+
 # --- Modes ---
 
 
@@ -220,13 +257,31 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_frozen_modules_stay_in_eval_mode(way):
     model, trainable = headed()
-    freeze(model, trainable=trainable)
+    freeze(model, trainable=trainable, following=[model.head])
     WAYS[way](model)
     assert not any(frozen_modes(model))
     if way not in ("part", "class"):
         assert all(m.training for m in model.head.modules())
     model.eval()
     assert not any(m.training for m in model.modules())
+
+
+def test_what_holds_only_trained_modules_stays_in_eval_mode():
+    model = nn.Sequential(nn.Linear(6, 8), Counting(nn.PReLU(8)), nn.Linear(8, 3))
+    inner = model[1].inner
+    freeze(
+        model,
+        trainable=[*inner.parameters(), *model[2].parameters()],
+        following=[model[2]],
+    )
+    before = [b.clone() for b in model.buffers()]
+    model.train()
+    assert inner.training
+    assert model[2].training
+    assert not any(m.training for m in (model, model[1], model[1].drop, model[1].norm))
+    x = torch.randn(5, 6)
+    assert torch.equal(model(x), model(x))
+    assert all(map(torch.equal, model.buffers(), before))
 
 
 def test_a_parent_follows_the_caller():
@@ -242,7 +297,7 @@ def test_a_parent_follows_the_caller():
 
 def test_evaluating_restores_the_modes():
     model, trainable = headed()
-    freeze(model, trainable=trainable)
+    freeze(model, trainable=trainable, following=[model.head])
     model.train()
     with evaluating(model):
         assert not any(m.training for m in model.modules())

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flexure.contracts import FlexureError
 from flexure.surgery.light import LIGHT
@@ -20,22 +20,32 @@ from flexure.surgery.light import LIGHT
 __all__ = ["KeepEval", "freeze", "stay_in_eval_mode"]
 
 
-def freeze(model: nn.Module, *, trainable: Iterable[nn.Parameter]) -> Callable[[], None]:
+def freeze(
+    model: nn.Module,
+    *,
+    trainable: Iterable[nn.Parameter],
+    following: Iterable[nn.Module] = (),
+) -> Callable[[], None]:
     """Makes everything in `model` a constant but the given parameters.
 
     - Every other parameter gets `requires_grad` False and loses its gradient until the end (an
       optimiser would act on it); the given ones get `requires_grad` True.
-    - A module follows the caller's mode where it holds parameters and all of them are trainable,
-      or where it lies inside such a module (the dropout of a trained head). Every other module
-      stays in eval mode, whether `train()` is called on it, on the model or on a parent, or its
-      `training` is assigned to: then it is back in eval mode as soon as it is called.
+    - A module follows the caller's mode where it is one of `following`, lies inside one (the
+      dropout of a trained head), or has parameters of its own that are all trainable. Every other
+      module stays in eval mode, whether `train()` is called on it, on the model or on a parent, or
+      its `training` is assigned to: then it is back in eval mode as soon as it is called. What
+      holds only such modules is no exception: it may have buffers.
     - Frozen convolutions and BatchNorms of exactly torch's classes keep no input for backward
       (`light.py`): same values, gradients, parameters, state dict and printed form.
+
+    What a network does only while its `training` is true, it does not do: Hugging Face's
+    `gradient_checkpointing_enable()` has no effect on frozen layers. `torch.utils.checkpoint` has.
 
     Args:
         model: the network; changed in place. Its copies, pickled or by `copy.deepcopy`, are frozen
             too, for good.
         trainable: parameters of `model`; may be empty.
+        following: modules that are trained whole, such as a head.
 
     Returns:
         A function that undoes all of it: `requires_grad`, gradients, modes and classes are what
@@ -59,7 +69,7 @@ def freeze(model: nn.Module, *, trainable: Iterable[nn.Parameter]) -> Callable[[
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     _set_trainable(module, key, parameter, id(parameter) in chosen, undo)
-        for module in _frozen_modules(model, chosen.keys()):
+        for module in _frozen_modules(model, chosen.keys(), following):
             _keep_in_eval_mode(module, undo)
             _lighten(module, undo)
         return undo.pop_all().close
@@ -106,9 +116,15 @@ def _set_trainable(
 ) -> None:
     undo.callback(_restore_flag, owner, key, parameter, parameter.requires_grad)
     parameter.requires_grad_(trainable)
-    if not trainable and parameter.grad is not None:
-        undo.callback(setattr, parameter, "grad", parameter.grad)
+    if not trainable:
+        undo.callback(_restore_gradient, parameter, parameter.grad)
         parameter.grad = None
+
+
+def _restore_gradient(parameter: nn.Parameter, gradient: Tensor | None) -> None:
+    # First none, for one of a parameter that was cast meanwhile may be of either dtype.
+    parameter.grad = None
+    parameter.grad = None if gradient is None else gradient.to(parameter)
 
 
 def _restore_flag(owner: nn.Module, key: str, parameter: nn.Parameter, requires_grad: bool) -> None:
@@ -119,15 +135,18 @@ def _restore_flag(owner: nn.Module, key: str, parameter: nn.Parameter, requires_
         current.requires_grad_(requires_grad)
 
 
-def _frozen_modules(model: nn.Module, chosen: Iterable[int]) -> list[nn.Module]:
-    """All but those whose parameters, of which there are some, are all chosen, and their inside."""
+def _frozen_modules(
+    model: nn.Module, chosen: Iterable[int], following: Iterable[nn.Module]
+) -> list[nn.Module]:
+    """All but `following` with their inside, and those whose own parameters are all chosen."""
     chosen = set(chosen)
-    following: set[int] = set()
-    for module in model.modules():
-        ids = {id(parameter) for parameter in module.parameters()}
-        if ids and ids <= chosen:
-            following.update(map(id, module.modules()))
-    return [module for module in model.modules() if id(module) not in following]
+    inside = {id(module) for trained in following for module in trained.modules()}
+
+    def follows(module: nn.Module) -> bool:
+        own = {id(parameter) for parameter in module.parameters(recurse=False)}
+        return id(module) in inside or (bool(own) and own <= chosen)
+
+    return [module for module in model.modules() if not follows(module)]
 
 
 def _keep_in_eval_mode(module: nn.Module, undo: ExitStack) -> None:
