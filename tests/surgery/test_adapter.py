@@ -156,7 +156,10 @@ def test_other_channels_are_named_when_the_model_runs(model, x, tmp_path) -> Non
     with steer(model, beta=0.8, example=x) as steering:
         steering.save(tmp_path)
     wider = resnet18(16).eval()
-    with load_adapter(wider, tmp_path), pytest.raises(ValueError, match="expected 8 channels"):
+    with (
+        load_adapter(wider, tmp_path),
+        pytest.raises(ValueError, match=r"(?s)site '.*': expected 8 channels.* adapter fits only"),
+    ):
         wider(x)
 
 

@@ -41,7 +41,8 @@ def sites(
     are as before afterwards; lists and dicts that the model changes in place are not.
 
     Args:
-        model: any network; of a wrapped one (torch.compile, parallel, PEFT) the one inside, by its own paths.
+        model: any network; of one that is wrapped (torch.compile, parallel, PEFT) the one inside,
+            with the paths that it has there.
         example: an input with a batch axis: a tensor, a tuple of positional arguments, or a dict
             of keyword arguments. One item is enough.
         axis: the channel axis where the producing layer does not tell it: for every such site,

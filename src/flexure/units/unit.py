@@ -161,7 +161,8 @@ class CTU(nn.Module):
         if x.ndim < -self.axis or x.shape[self.axis] != self.channels:
             raise SiteError(
                 f"site {self.name!r}: expected {self.channels} channels on axis {self.axis}, got "
-                f"an input of shape {tuple(x.shape)}; steer again with an example of this kind"
+                f"an input of shape {tuple(x.shape)}; steer or adapt again with an example of this "
+                f"kind (an adapter fits only networks like the one that it was made for)"
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CTU:
