@@ -18,6 +18,7 @@ from flexure.contracts import (
 )
 from flexure.data import load_data
 from flexure.methods.adapt import Adaptation, adapt
+from flexure.methods.adaptations import adaptations
 from flexure.methods.baselines import FullFinetune, LinearProbe, SteeredProbe
 from flexure.methods.load import load_adapter
 from flexure.methods.lora import LoRA
@@ -51,6 +52,7 @@ __all__ = [
     "TrainableCT",
     "TuneResult",
     "adapt",
+    "adaptations",
     "fit",
     "load_adapter",
     "load_data",

@@ -81,11 +81,16 @@ def contents(model: nn.Module) -> dict[str, Tensor]:
 
 
 def state(model: nn.Module) -> dict[str, object]:
-    """All that a model is: structure, tensors, hooks, flags, modes, attributes."""
+    """All that a model is: structure, tensors, hooks, flags, modes, attributes.
+
+    Not which adaptations it has: those that are disabled are kept on it.
+    """
     found: dict[str, object] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         found[path] = id(module), type(module)
         for key, value in module.__dict__.items():
+            if key == "_flexure_adaptations":
+                continue
             found[f"{path}!{key}"] = (
                 list(value.values()) if "_hook" in key and value else repr(value)
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
 import weakref
 
 import pytest
@@ -259,6 +260,56 @@ class TestSwitching:
         assert state(model) == before
 
 
+class TestKept:
+    """A model keeps its adaptations."""
+
+    def test_what_was_learned_outlives_the_handle(self, model: Net) -> None:
+        attributes = set(model.__dict__)
+        first = adapt(model, TrainableCT(), example=X, name="a")
+        train(first, rate=0.1)
+        learned = model.eval()(X)
+        assert flexure.adaptations(model) == {"a": first}
+        del first
+        adapt(model, LinearProbe(), example=X, name="b")
+        gc.collect()
+        assert list(flexure.adaptations(model)) == ["a", "b"]
+        with pytest.raises(FlexureError, match="new name"):
+            adapt(model, LinearProbe(), example=X, name="a")
+        flexure.adaptations(model)["a"].enable()
+        assert torch.equal(model(X), learned)
+        for name, adaptation in flexure.adaptations(model).items():
+            assert adaptation.name == name
+            adaptation.remove()
+            assert name not in flexure.adaptations(model)
+        assert set(model.__dict__) == attributes
+
+    @pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle"])
+    def test_copies_have_none(self, how: str, model: Net) -> None:
+        adaptation = adapt(model, TrainableCT(), example=X)
+        adaptation.disable()
+        if how == "pickle":
+            assert "_Held" not in str(pickle.dumps(model))
+            twin = pickle.loads(pickle.dumps(model))
+        else:
+            twin = getattr(copy, how)(model)
+        assert flexure.adaptations(twin) == {}
+        other = adapt(twin, TrainableCT(), example=X)
+        assert flexure.adaptations(twin) == {"default": other}
+        assert flexure.adaptations(model) == {"default": adaptation}
+        other.remove()
+        assert flexure.adaptations(model) == {"default": adaptation}
+
+    def test_handles_say_what_to_do_instead_of_pickling(self, model: Net) -> None:
+        adaptation = adapt(model, TrainableCT(), example=X)
+        for call in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(FlexureError, match=r"save\(\)"):
+                call(adaptation)
+
+    def test_of_wrapped_models(self, model: Net) -> None:
+        adaptation = adapt(nn.DataParallel(model), TrainableCT(), example=X)
+        assert flexure.adaptations(nn.DataParallel(model)) == {"default": adaptation}
+
+
 class TestOthers:
     """Steering, and copies of adapted models."""
 
@@ -366,6 +417,19 @@ class TestGradients:
             F.cross_entropy(model(self.X), Y).backward()
         assert "none for unused" in str(caught.value)
         assert " used.raw" not in str(caught.value)
+
+    def test_by_its_name_in_the_model(self) -> None:
+        class Functional(Unused):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x + 0 * F.relu(x).detach())
+
+        model = Functional()
+        adaptation = adapt(model, TrainableCT(), example=self.X, where=":*", axis=-1)
+        missing = [name for name in adaptation.trainable if name.startswith("flexure.")]
+        assert missing
+        with pytest.raises(FlexureError) as caught:
+            F.cross_entropy(model(self.X), Y).backward()
+        assert f"none for {', '.join(missing)}:" in str(caught.value)
 
     def test_also_in_a_fit(self) -> None:
         model = Unused()
@@ -558,6 +622,21 @@ class TestBadInput:
     def test_a_class_instead_of_a_method(self, model: Net) -> None:
         with pytest.raises(FlexureError, match="the class TrainableCT; call it"):
             adapt(model, TrainableCT, example=X)
+        for wrong in ("lora", None, {"rank": 1}):
+            with pytest.raises(FlexureError, match=r"TrainableCT\(\), got .*lora is LoRA"):
+                adapt(model, wrong, example=X)
+
+    def test_an_axis_that_has_no_use(self, model: Net) -> None:
+        before = state(model)
+        for name in ("lora", "linear_probe", "full_finetune"):
+            with pytest.raises(FlexureError, match="no axis="):
+                put(model, name, axis=1)
+        assert state(model) == before
+
+    @pytest.mark.parametrize("share", ["yes", 1, None])
+    def test_share(self, share: object) -> None:
+        with pytest.raises(FlexureError, match="share to be True or False"):
+            TrainableCT(share=share)
 
     def test_nothing_to_train(self) -> None:
         model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Identity())

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from flexure.calling import seeded
 from flexure.contracts import AdaptationMethod, Example, FlexureError, InstalledMethod
+from flexure.methods.catalogue import check_method
 from flexure.methods.groups import ParameterGroup
 from flexure.methods.head import HEAD_LEARNING_RATE, Head, copied_head, find_head, fresh_head
 from flexure.methods.hub import push_folder
 from flexure.methods.in_place import (
     Switch,
     adaptation_in_place,
+    adaptations_of,
     forget,
+    gradients_arrived,
     mark,
-    names_taken,
     remember,
 )
 from flexure.surgery.adapter import AdapterFile, write_adapter
@@ -71,8 +73,7 @@ def adapt(
         SiteError: the method finds no site or layer, or one that it cannot change; or the model is
             steered already. The model is unchanged.
     """
-    if isinstance(method, type):
-        raise FlexureError(f"expected a method, got the class {method.__name__}; call it")
+    check_method(method)
     model = unwrapped(model)
 
     def parts() -> tuple[Head, Callable[[], InstalledMethod]]:
@@ -112,10 +113,10 @@ def put_in_place(
         FlexureError: the name is taken, there is nothing to train, or what `parts` raises.
     """
     before = adaptation_in_place(model)
-    if name in names_taken(model):
+    if name in adaptations_of(model):
         raise FlexureError(
             f"expected a new name, got {name!r}, which an adaptation of this model has; give "
-            f"name=, or remove() that one (names taken: {', '.join(names_taken(model))})"
+            f"name=, or remove() that one (names taken: {', '.join(adaptations_of(model))})"
         )
     if before is not None:
         before.disable()
@@ -241,15 +242,8 @@ class Adaptation:
         """
         own = self._own() if self.method.freezes else {}
         watched = {**own, **self._head_parameters()}
-        watched = {name: p for name, p in watched.items() if p.requires_grad}
-        missing = [name for name, parameter in watched.items() if parameter.grad is None]
-        if missing and len(missing) < len(watched):
-            raise FlexureError(
-                f"expected a gradient for every trained parameter after the first backward, got "
-                f"none for {', '.join(missing)}: the loss does not depend on them; leave these "
-                f"sites out with where=, or see that their output is used and not detached"
-            )
-        return not missing
+        full = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return gradients_arrived({full.get(id(p), name): p for name, p in watched.items()})
 
     def enable(self) -> Switch[Adaptation]:
         """Puts it in place of whichever is; also for `with`, which goes back to that one.
@@ -347,6 +341,12 @@ class Adaptation:
         state = "removed" if self._removed else "in place" if self.active else "disabled"
         state = f"frozen, {state}" if self._frozen else state
         return f"Adaptation({self.name!r}, {self.method}, {state}; {self.share()})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise FlexureError(
+            "expected a model or a file, got an Adaptation, which is bound to its model and cannot "
+            "be pickled or copied; save() it and load_adapter() the folder, or copy the model"
+        )
 
     def _own(self) -> Mapping[str, nn.Parameter]:
         return {} if self._frozen else self._installed.parameters

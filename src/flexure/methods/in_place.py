@@ -1,6 +1,7 @@
 """Which adaptation of a model is in place, and whether a first backward reaches all it trains.
 
-What an adaptation is, is `adapt.py`'s. Nothing here keeps a model alive.
+What an adaptation is, is `adapt.py`'s. A model keeps its adaptations alive, and nothing here a
+model.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ __all__ = [
     "Mark",
     "Switch",
     "adaptation_in_place",
+    "adaptations_of",
     "forget",
+    "gradients_arrived",
     "mark",
-    "names_taken",
     "remember",
 ]
 
@@ -79,20 +81,40 @@ def adaptation_in_place(model: nn.Module) -> Any:
     return None
 
 
-def names_taken(model: nn.Module) -> list[str]:
-    """The names of the model's adaptations, in place or disabled."""
-    return sorted(_NAMED.get(model, {}))
+def adaptations_of(model: nn.Module) -> dict[str, Any]:
+    """The model's adaptations by name, in place or disabled, in the order they were made."""
+    held = model.__dict__.get(_KEY)
+    return dict(held) if isinstance(held, _Held) and held.model() is model else {}
 
 
 def remember(model: nn.Module, name: str, adaptation: Any) -> None:
-    """Takes a name, for as long as the adaptation lives."""
-    _NAMED.setdefault(model, WeakValueDictionary())[name] = adaptation
+    """Takes a name: the model keeps the adaptation alive until it is removed."""
+    model.__dict__[_KEY] = _Held(model, {**adaptations_of(model), name: adaptation})
 
 
 def forget(model: nn.Module, name: str) -> None:
-    """Gives a name back."""
-    if model in _NAMED:
-        _NAMED[model].pop(name, None)
+    """Gives a name back, and the last one's place on the model."""
+    left = {key: value for key, value in adaptations_of(model).items() if key != name}
+    model.__dict__.pop(_KEY, None)
+    if left:
+        model.__dict__[_KEY] = _Held(model, left)
+
+
+def gradients_arrived(watched: Mapping[str, nn.Parameter]) -> bool:
+    """Whether the parameters have gradients, where they require any.
+
+    Raises:
+        FlexureError: some have one, and some have none.
+    """
+    watched = {name: parameter for name, parameter in watched.items() if parameter.requires_grad}
+    missing = [name for name, parameter in watched.items() if parameter.grad is None]
+    if missing and len(missing) < len(watched):
+        raise FlexureError(
+            f"expected a gradient for every trained parameter after the first backward, got none "
+            f"for {', '.join(missing)}: the loss does not depend on them; leave these sites out "
+            f"with where=, or see that their output is used and not detached"
+        )
+    return not missing
 
 
 class Switch(Generic[_Kind]):
@@ -119,7 +141,21 @@ class Switch(Generic[_Kind]):
             self._before.enable()
 
 
-_NAMED: WeakKeyDictionary[nn.Module, WeakValueDictionary[str, Any]] = WeakKeyDictionary()
+_KEY = "_flexure_adaptations"
+
+
+class _Held(dict[str, Any]):
+    """What a model holds: a table elsewhere would keep it alive, for adaptations refer to it.
+
+    In copies of the model, pickled ones too, it is an empty dict.
+    """
+
+    def __init__(self, model: nn.Module, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.model = ref(model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, ()
 
 
 def mark(model: nn.Module, adaptation: InPlace) -> Callable[[], None]:

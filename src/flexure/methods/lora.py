@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flexure.contracts import AdapterError, Example, FlexureError, SiteError
+from flexure.methods.finetune import check_unused
 from flexure.surgery.low_rank import LowRankWeights
 from flexure.surgery.weight_layers import CHILD, WeightLayer, weight_layers
 
@@ -75,13 +76,15 @@ class LoRA:
             model: the network; changed in place.
             example: not needed.
             where: as the setting of this name; give one of the two.
-            axis: of activations: not needed.
+            axis: of activations: leave it out.
             head: path of the module that is left as it is, with all that is in it.
 
         Raises:
             SiteError: a pattern matches no layer; there is no layer; or a chosen one cannot be
                 changed. The model is unchanged.
+            FlexureError: `axis` is given.
         """
+        check_unused(self.name, None, axis)
         if where is not None and self.where is not None:
             raise SiteError("where= is given twice, to LoRA and to adapt; give it once")
         where = _checked(self.where if where is None else where)

@@ -50,6 +50,8 @@ class TrainableCT:
     learning_rate: float = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.share, bool):
+            raise FlexureError(f"expected share to be True or False, got {self.share!r}")
         row = find_parameterization(self.parameterization)
         check_dial(self.init_beta, self.init_c)
         if self.learning_rate is None:
