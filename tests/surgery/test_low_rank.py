@@ -557,6 +557,23 @@ def test_modes_and_dtypes_follow_the_model() -> None:
     assert factors.training
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cast_to_half_precision_leaves_factors_and_gradients_alone(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    (factors,) = change(model).factors.values()
+    model(torch.randn(5, 4)).sum().backward()
+    before = [(p, p.detach().clone(), p.grad.clone()) for p in factors.parameters()]
+    optimizer = torch.optim.SGD(factors.parameters(), 0.1)
+    model.to(dtype)
+    assert model[0]._parameters["weight"].dtype == dtype
+    for (p, value, gradient), now in zip(before, factors.parameters(), strict=True):
+        assert p is now
+        assert torch.equal(p, value)
+        assert torch.equal(p.grad, gradient)
+    optimizer.step()
+    assert all(torch.allclose(p, value - 0.1 * gradient) for p, value, gradient in before)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
 def test_factors_follow_a_model_that_moved_meanwhile() -> None:
     model, x = nn.Sequential(nn.Linear(2, 2)), torch.randn(3, 2)

@@ -165,6 +165,19 @@ def test_half_precision_keeps_the_dials_exact(dtype: torch.dtype) -> None:
     assert unit.raw_beta.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cast_to_half_precision_leaves_gradients_to_the_optimiser(dtype: torch.dtype) -> None:
+    unit = TrainableCTU(channels=3, axis=-1)
+    unit(torch.randn(5, 3)).sum().backward()
+    before = [(p, p.detach().clone(), p.grad.clone()) for p in unit.parameters()]
+    unit.to(dtype)
+    assert all(torch.equal(p.grad, gradient) for p, _, gradient in before)
+    torch.optim.SGD(unit.parameters(), 0.1).step()
+    assert all(torch.allclose(p, value - 0.1 * gradient) for p, value, gradient in before)
+    unit.double()
+    assert all(p.grad.dtype == p.dtype == torch.float64 for p in unit.parameters())
+
+
 def test_autocast() -> None:
     unit = trainable()
     layer = nn.Conv2d(1, 3, 3)

@@ -11,7 +11,7 @@ Which layers there are, is `weight_layers.py`'s; which to choose, and files, `me
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from flexure.contracts import SiteError
 from flexure.surgery.weight_layers import CHILD, WeightLayer
+from flexure.units.wide import kept_wide
 
 __all__ = ["LowRank", "LowRankWeights"]
 
@@ -74,6 +75,11 @@ class LowRank(nn.Module):
             change = (self.scale * self.B) @ self.A
             change = change.T if self.inputs_first else change.reshape(weight.shape)
             return (weight + change).to(weight.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRank:
+        with kept_wide(self, ("A", "B")):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         """Rank and scale."""

@@ -16,6 +16,7 @@ from flexure.contracts import SiteError
 from flexure.units.catalogue import SPECS, over_axis_one
 from flexure.units.functional import check_dial, ctu
 from flexure.units.pooling import max_pool_ctu
+from flexure.units.wide import kept_wide
 
 __all__ = ["CTU"]
 
@@ -167,24 +168,8 @@ class CTU(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CTU:
         # Half precision would distort 1 − beta by 17 % at 0.99: the dial stays float32 or wider.
-        own = {
-            key: value
-            for holder in (self._parameters, self._buffers)
-            for key, value in holder.items()
-            if value is not None and key != "weight"
-        }
-        before = {key: value.detach() for key, value in own.items()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for key, old in before.items():
-            new = self._parameters.get(key, self._buffers.get(key))
-            if new is not None and new.dtype in (torch.float16, torch.bfloat16):
-                wide = old.to(
-                    device=new.device, dtype=torch.promote_types(old.dtype, torch.float32)
-                )
-                if isinstance(new, nn.Parameter):
-                    new.data = wide
-                else:
-                    self._buffers[key] = wide
+        with kept_wide(self, {*self._parameters, *self._buffers} - {"weight"}):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
