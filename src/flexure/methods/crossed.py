@@ -1,19 +1,21 @@
 """Means over seeds and samples at once, with an interval that covers the draw of both.
 
 A table of numbers, one row a seed and one column a test sample, has two sources of chance: another
-training run, and another test sample. What the numbers are is the caller's.
+training run, and another test sample. What the numbers are is the caller's; for right answers and
+for their differences there are intervals of their own.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from flexure.contracts import DataError
 
-__all__ = ["CrossedMean", "crossed_mean"]
+__all__ = ["CrossedMean", "crossed_difference", "crossed_mean", "crossed_share"]
 
 _LEVEL = 0.95
 
@@ -81,6 +83,51 @@ def crossed_mean(table: Tensor) -> CrossedMean:
     freedom = variance**2 / sum(square**2 / n for square, n in terms)
     half = float(t.ppf((1 + _LEVEL) / 2, freedom)) * error
     return CrossedMean(mean, mean - half, mean + half, _LEVEL, error, seeds, samples)
+
+
+def crossed_share(hits: Tensor) -> CrossedMean:
+    """The mean of right answers, with an interval that holds near 0 and 1 too.
+
+    The interval is `crossed_mean`'s of the table with two more samples that every seed gets right
+    and two that none does, within [0, 1]: for one seed, Agresti and Coull's ("Approximate is
+    better than 'exact' for interval estimation of binomial proportions", 1998) with t for z. Mean
+    and standard error are the table's own.
+
+    Args:
+        hits: (S, N), 1 where a seed is right on a test sample, else 0.
+
+    Raises:
+        DataError: fewer than two samples, or no seed.
+    """
+    return _adjusted(hits, added=(1.0, 1.0, 0.0, 0.0), bounds=(0.0, 1.0))
+
+
+def crossed_difference(table: Tensor) -> CrossedMean:
+    """The mean of paired differences of right answers, with an interval that holds for few of them.
+
+    The interval is `crossed_mean`'s of the table with one more sample won by every seed and one
+    lost, within [-1, 1]: for one seed, Bonett and Price's ("Adjusted Wald confidence interval for a
+    difference of binomial proportions based on paired data", 2012) with t for z. Mean and standard
+    error are the table's own. Differences that are zero everywhere have an interval with a width.
+
+    Args:
+        table: (S, N), each -1, 0 or 1: right answers of one minus those of the other.
+
+    Raises:
+        DataError: fewer than two samples, or no seed.
+    """
+    return _adjusted(table, added=(1.0, -1.0), bounds=(-1.0, 1.0))
+
+
+def _adjusted(
+    table: Tensor, *, added: tuple[float, ...], bounds: tuple[float, float]
+) -> CrossedMean:
+    """The table's mean, with the interval that it has when all seeds see these samples too."""
+    found = crossed_mean(table)
+    more = torch.tensor(added, dtype=torch.float64, device=table.device)
+    wide = crossed_mean(torch.cat([table.double(), more.expand(len(table), -1)], dim=1))
+    low = min(max(wide.low, bounds[0]), found.mean)
+    return replace(found, low=low, high=max(min(wide.high, bounds[1]), found.mean))
 
 
 def _terms(x: Tensor) -> list[tuple[float, int]]:
