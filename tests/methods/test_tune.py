@@ -93,7 +93,7 @@ def test_every_arm_is_there_with_its_numbers(found: TuneResult) -> None:
         assert (arm.step_bytes or 0) > 0
         assert arm.seconds > 0
     sweeps = {arm.name: len(arm.candidates) for arm in found.arms}
-    assert sweeps == {"probe": 1, "steered": 4, "lora": 2, "trainable_ct": 4, "full": 2}
+    assert sweeps == {"probe": 1, "steered": 2, "lora": 2, "trainable_ct": 2, "full": 2}
 
 
 def test_the_difference_to_the_probe_is_paired(found: TuneResult) -> None:
@@ -163,7 +163,7 @@ def test_all_arms_start_from_one_head_and_see_the_same_batches(
     monkeypatch.setattr(tune_run, "fit", fit)
     monkeypatch.setattr(tune_run, "_step_bytes", lambda *given: 0)
     compare()
-    assert len(heads) == (1 + 1) + 2 * (4 + 1) + 2 * (2 + 1)
+    assert len(heads) == (1 + 1) + 4 * (2 + 1)
     for seed in (1, 2):
         for found in (heads, seen):
             own = [tensor for s, tensor in found if s == seed]
@@ -267,7 +267,7 @@ def test_an_interrupted_comparison_continues(
     assert len(done) >= 5
     assert numbers(compare(store=tmp_path)) == numbers(found)
     assert {path: path.stat().st_mtime_ns for path in done} == done
-    assert len(list(tmp_path.glob("*.safetensors"))) == 18
+    assert len(list(tmp_path.glob("*.safetensors"))) == 14
     calls.clear()
     monkeypatch.setattr(tune_run, "fit", lambda *given, **options: pytest.fail("trained again"))
     assert numbers(compare(store=tmp_path)) == numbers(found)

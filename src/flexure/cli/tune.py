@@ -54,7 +54,12 @@ def tune(
     epochs: Annotated[int, typer.Option(min=1, help="Of every training.")] = 20,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each arm.")] = 3,
     rate_factors: Annotated[
-        str, typer.Option(help="Sweep: factors on each arm's own learning rate, with commas.")
+        str,
+        typer.Option(
+            help="Sweep: factors on each arm's own learning rate, with commas. Every arm with "
+            "something to choose tries as many settings: steered so many betas, trainable_ct so "
+            "many pairs of start and rate."
+        ),
     ] = _FACTORS,
     head_rate: Annotated[
         float, typer.Option(help="Learning rate of every arm's head.")

@@ -87,7 +87,9 @@ def tune(
         batch_size: training samples a step, as published; not with a function as `train`.
         schedule: steps per epoch -> schedule; default: the published one, linear warm-up in the
             first epoch and a tenth after ten. None: constant rates.
-        rate_factors: the sweep, as factors on a method's own learning rate.
+        rate_factors: the sweep, as factors on a method's own learning rate. Every arm that has
+            something to choose gets as many trials: the steered network so many betas, Trainable
+            CT so many pairs of a start and a rate; several methods are tried as given.
         head_learning_rate: of every arm's head, as published. In few steps it leaves the head,
             and with it the probe, far from converged: what an arm then gains over the probe is
             partly the head's training that it makes up for.
@@ -194,7 +196,7 @@ class _Bench:
             runs.append(self._run(arm.name, trial, seed, next(reports)))
             _check_finished(runs[-1])
         candidates = tuple(
-            Candidate(t.label, None if r.failure else r.score, t.rate, r.failure)
+            Candidate(t.label, None if r.failure else r.score, t.rate, r.failure, t.beta)
             for t, r in zip(arm.trials, swept, strict=True)
         )
         return _Tried(arm, trial, candidates, tuple(runs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexure.methods.crossed import CrossedMean, crossed_mean
-from flexure.methods.search_result import standard_error
+from flexure.methods.crossed import CrossedMean, crossed_difference, crossed_share
 from flexure.record import to_json
 from flexure.units.parameterization import saturated_share
 
 __all__ = ["ArmResult", "Candidate", "Difference", "Run", "TuneResult", "compared"]
 
-_NORMAL = 1.96  # two standard errors where no spread was seen to take a t-interval of
 _MIB = 2**20
 
 
@@ -84,14 +82,16 @@ class Candidate:
     Attributes:
         setting: its name within the arm.
         score: validation accuracy; None where the run failed.
-        rate: its learning rate, where the sweep is one of learning rates.
+        rate: its learning rate, where the settings differ in that.
         failure: why it failed.
+        beta: its constant beta, where the settings differ in that.
     """
 
     setting: str
     score: float | None
     rate: float | None = None
     failure: str | None = None
+    beta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Difference:
 
     Attributes:
         points: mean over seeds and samples; arm and probe are paired by seed and by sample.
-        low: lower end of the interval (see `crossed_mean`).
+        low: lower end of the interval (see `crossed_difference`).
         high: upper end.
         level: of the interval.
         covers: what the interval covers the draw of.
@@ -137,7 +137,7 @@ class ArmResult:
         setting: the chosen one of the sweep.
         candidates: the sweep, in its order.
         runs: of the chosen setting, one a seed.
-        accuracy: on test data, a share; None without test data.
+        accuracy: on test data, a share (see `crossed_share`); None without test data.
         accuracies: of each seed.
         difference: to the probe; None without test data, and for the probe itself.
     """
@@ -261,16 +261,16 @@ def compared(
         The mean accuracy with its interval, the accuracy of each seed, and the difference.
     """
     hits, base = _hits(arm, labels), _hits(probe, labels)
-    accuracy = _within_bounds(crossed_mean(hits))
+    accuracy = crossed_share(hits)
     accuracies = tuple(hits.mean(1).tolist())
     if arm is probe:
         return accuracy, accuracies, None
-    found = crossed_mean(100.0 * (hits - base))
+    found = crossed_difference(hits - base)
     by_sample = (hits - base).sum(0)
     difference = Difference(
-        found.mean,
-        max(found.low, -100.0),
-        min(found.high, 100.0),
+        100.0 * found.mean,
+        100.0 * found.low,
+        100.0 * found.high,
         found.level,
         found.covers,
         wins=int((by_sample > 0).sum()),
@@ -285,21 +285,26 @@ def _hits(runs: Sequence[Run], labels: Tensor) -> Tensor:
     return torch.stack([(run.predictions == labels).double() for run in runs])
 
 
-def _within_bounds(found: CrossedMean) -> CrossedMean:
-    """The interval of an accuracy, which is a share; with doubt left where all cells agree."""
-    half = _NORMAL * standard_error(found.mean, found.samples) if not found.error else 0.0
-    low, high = max(found.low - half, 0.0), min(found.high + half, 1.0)
-    return CrossedMean(found.mean, low, high, found.level, found.error, found.seeds, found.samples)
-
-
 def _end_of_sweep(arm: ArmResult) -> list[str]:
-    """A choice at the end of the sweep of learning rates: the best one may lie beyond it."""
-    rates = {c.setting: c.rate for c in arm.candidates if c.rate is not None and c.failure is None}
-    chosen = rates.get(arm.setting)
-    if chosen is None or len(rates) < 2 or min(rates.values()) < chosen < max(rates.values()):
-        return []
-    end = "largest" if chosen == max(rates.values()) else "smallest"
-    return [f"{arm.name}: the chosen learning rate is the {end} of the sweep; widen it"]
+    """A choice at the end of what was tried: the best one may lie beyond it."""
+    done = [c for c in arm.candidates if c.failure is None]
+    rates = {c.setting: c.rate for c in done if c.rate is not None}
+    betas = {c.setting: c.beta for c in done if c.beta is not None}
+    ends = [("learning rate", _end(rates.get(arm.setting), rates.values()))]
+    # The largest beta is no end of the search: 1 is the network as it was.
+    if (end := _end(betas.get(arm.setting), betas.values())) == "smallest":
+        ends.append(("beta", end))
+    return [
+        f"{arm.name}: the chosen {what} is the {end} of the sweep; widen it"
+        for what, end in ends
+        if end is not None
+    ]
+
+
+def _end(chosen: float | None, tried: Collection[float]) -> str | None:
+    if chosen is None or len(set(tried)) < 2 or min(tried) < chosen < max(tried):
+        return None
+    return "largest" if chosen == max(tried) else "smallest"
 
 
 def _row(arm: ArmResult) -> dict[str, str]:
