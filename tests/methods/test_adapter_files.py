@@ -201,6 +201,27 @@ class TestRoundTrip:
         assert model.head.weight.dtype == torch.float16
         assert model(X.half()).isfinite().all()
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    @EVERY
+    def test_every_method_in_the_dtype_of_the_model(
+        self, name: str, dtype: torch.dtype, model: Net, tmp_path: Path
+    ) -> None:
+        expected = saved(name, tmp_path)
+        loaded = load_adapter(model.to(dtype), tmp_path)
+        assert model.conv.weight.dtype == model.norm.running_var.dtype == dtype
+        y = model(X.to(dtype)).float()
+        near = 1e-4 if dtype == torch.float64 else 0.05 * float(expected.abs().max())
+        torch.testing.assert_close(y, expected, rtol=0, atol=near)
+        loaded.remove()
+
+    def test_infinities_that_the_model_has_itself(self, model: Net, tmp_path: Path) -> None:
+        mask = torch.tensor([0.0, -math.inf])
+        model.register_buffer("mask", mask)
+        adaptation = put(model, "full_finetune")
+        adaptation.save(tmp_path)
+        adaptation.remove()
+        assert torch.equal(load_adapter(model, tmp_path).model.mask, mask)
+
 
 class Other(nn.Module):
     """Has a head like `Net`'s, and else nothing of it."""
@@ -238,6 +259,19 @@ class TestWrongModel:
 
     def test_the_table_names_every_method_with_layers(self) -> None:
         assert {name for name, _ in self.EXPECTED} == METHODS.keys() - {"linear_probe"}
+
+    def test_other_widths_are_named_when_the_model_runs(self, tmp_path: Path) -> None:
+        def build(width: int) -> nn.Module:
+            layers = nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 6), nn.Linear(6, 3)
+            return nn.Sequential(*layers).eval()
+
+        x = torch.randn(2, 4)
+        adapt(build(8), TrainableCT(), example=x).save(tmp_path)
+        loaded = load_adapter(wide := build(16), tmp_path)
+        with pytest.raises(FlexureError, match=r"(?s)site '1': expected 8 .*an adapter fits only"):
+            wide(x)
+        loaded.remove()
+        assert wide(x).isfinite().all()
 
     @EVERY
     def test_a_head_of_another_model(self, name: str, model: Net, tmp_path: Path) -> None:
@@ -284,6 +318,11 @@ BAD_TENSORS: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "head of integers": _first("head.weight", lambda t: t.int()),
     "no head": lambda t: [t.pop(key) for key in list(t) if key.startswith("head.")],
     "one more": lambda t: t.update({"head.extra": torch.zeros(1)}),
+}
+WEIGHTS: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "nan in a buffer": _first("method.norm.running_mean", lambda t: t * math.nan),
+    "inf in a buffer": _first("method.norm.running_var", lambda t: t + math.inf),
+    "a counter in floating point": _first("method.norm.num_batches_tracked", lambda t: t.float()),
 }
 METHOD_TENSORS: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "nan": _first("method.", lambda t: t * math.nan),
@@ -341,6 +380,18 @@ class TestDamage:
         saved(name, tmp_path)
         edit(tmp_path, METHOD_TENSORS[what], TENSORS)
         self.refused(tmp_path)
+
+    @pytest.mark.parametrize("what", WEIGHTS)
+    def test_weights(self, what: str, tmp_path: Path) -> None:
+        saved("full_finetune", tmp_path)
+        edit(tmp_path, WEIGHTS[what], TENSORS)
+        self.refused(tmp_path)
+
+    def test_numbers_beyond_the_dtype_of_the_model(self, model: Net, tmp_path: Path) -> None:
+        saved("full_finetune", tmp_path)
+        edit(tmp_path, _first("method.norm.running_var", lambda t: t + 1e6), TENSORS)
+        with pytest.raises(AdapterError, match=r"running_var to be finite.*float16"):
+            load_adapter(model.half(), tmp_path)
 
     @EVERY
     def test_unexpected_tensors(self, name: str, tmp_path: Path) -> None:

@@ -115,8 +115,8 @@ def put_in_place(
     before = adaptation_in_place(model)
     if name in adaptations_of(model):
         raise FlexureError(
-            f"expected a new name, got {name!r}, which an adaptation of this model has; give "
-            f"name=, or remove() that one (names taken: {', '.join(adaptations_of(model))})"
+            f"expected a new name, got {name!r}, which an adaptation of this model has; give name="
+            f", or remove() that one (flexure.adaptations: {', '.join(adaptations_of(model))})"
         )
     if before is not None:
         before.disable()

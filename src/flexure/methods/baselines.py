@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from flexure.contracts import Example
+from flexure.contracts import AdapterError, Example
 from flexure.methods.finetune import NothingInstalled, Weights, check_names, check_unused
 from flexure.methods.head import HEAD_LEARNING_RATE
 from flexure.methods.placing import Maker, PlacedUnits, load_units, place_units
@@ -159,12 +159,31 @@ class FullFinetune:
     def load(
         self, model: nn.Module, structure: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> Weights:
-        """Gives every weight and buffer outside the head the stored values.
+        """Gives every weight and buffer outside the head the stored values, in the model's dtype.
 
         Raises:
             AdapterError: the model has other weights, listed; or the file is damaged.
         """
         weights = Weights(model, structure.get("head"))
-        weights.fill(tensors)
+        weights.fill(_cast(tensors, weights.tensors()))
         weights.insert()
         return weights
+
+
+def _cast(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Stored values in the dtypes of the model's own, finite wherever those are."""
+    cast = dict(tensors)
+    for name in tensors.keys() & own.keys():
+        found, like = tensors[name], own[name]
+        if found.shape != like.shape or not (
+            found.is_floating_point() and like.is_floating_point()
+        ):
+            continue
+        cast[name] = found.to(like)
+        # A mask may hold infinities: those that the model has by itself.
+        if bool((~cast[name].isfinite() & like.isfinite()).any()):
+            raise AdapterError(
+                f"expected {name} to be finite, got other numbers in {like.dtype}: the file is "
+                f"damaged, or saved from a wider dtype than the model's"
+            )
+    return cast
