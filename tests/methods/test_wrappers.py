@@ -119,6 +119,34 @@ def test_ddp_around_an_adapted_network_trains_it(model: Net) -> None:
     assert all(not torch.equal(before[site], now) for site, now in adaptation.betas().items())
 
 
+def test_ddp_around_a_network_that_is_adapted_later_warns(
+    model: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    adaptation = adapt(wrapped, TrainableCT(), example=X)
+    adaptation.save(tmp_path)
+    adaptation.remove()
+    monkeypatch.setattr(type(wrapped.process_group), "size", lambda self: 2)
+    for around in (wrapped, compiled(wrapped)):
+        with pytest.warns(UserWarning, match="make it anew") as caught:
+            adaptation = adapt(around, TrainableCT(), example=X)
+        assert caught[0].filename == __file__
+        adaptation.remove()
+        with pytest.warns(UserWarning, match="make it anew"):
+            flexure.load_adapter(around, tmp_path).remove()
+
+
+@pytest.mark.parametrize("how", ["compiled", "DataParallel"])
+def test_search(how: str, model: Net) -> None:
+    train, val = [(X, Y)], [(X + 0.1, Y)]
+    found = [
+        flexure.search_beta(around, train=train, val=val, betas=[0.8, 1.0], head="head")
+        for around in (model, WRAPPERS[how](model))
+    ]
+    assert found[0].head == found[1].head == "head"
+    assert found[0].settings == found[1].settings
+
+
 def test_all_at_once(model: Net) -> None:
     peft = pytest.importorskip("peft")
     tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["conv", "last"]))

@@ -29,7 +29,7 @@ from flexure.methods.in_place import (
 )
 from flexure.surgery.adapter import AdapterFile, write_adapter
 from flexure.surgery.frozen import freeze
-from flexure.surgery.wrapped import unwrapped
+from flexure.surgery.wrapped import unwrapped_to_train
 from flexure.units.parameterization import saturated_share
 
 __all__ = ["Adaptation", "adapt", "put_in_place"]
@@ -57,7 +57,8 @@ def adapt(
     Args:
         model: a pretrained network; of one that is wrapped (torch.compile, parallel, PEFT) the one
             inside. With PEFT paths are those after a merge, which the adaptation survives, and its
-            parameters are frozen as all else. `DistributedDataParallel` is made after adapting.
+            parameters are frozen as all else (`requires_grad_` afterwards trains both).
+            `DistributedDataParallel` is made after adapting.
         method: such as `TrainableCT()`.
         example: one input, to find sites and head with: a tensor, a tuple or a dict.
         head: path of the classification layer; default: the last `nn.Linear`.
@@ -74,7 +75,7 @@ def adapt(
             steered already. The model is unchanged.
     """
     check_method(method)
-    model = unwrapped(model)
+    model = unwrapped_to_train(model)
 
     def parts() -> tuple[Head, Callable[[], InstalledMethod]]:
         path = find_head(model, head, example)

@@ -15,7 +15,7 @@ from flexure.methods.head import Head, stored_head
 from flexure.methods.hub import adapter_folder
 from flexure.methods.steer import Steering, load_steering
 from flexure.surgery.adapter import AdapterFile, read_adapter
-from flexure.surgery.wrapped import unwrapped
+from flexure.surgery.wrapped import unwrapped, unwrapped_to_train
 
 __all__ = ["load_adapter"]
 
@@ -40,9 +40,10 @@ def load_adapter(
             missing and the unexpected ones are listed, and the model is unchanged.
         MissingExtraError: `hf:` needs huggingface_hub, which is not installed.
     """
-    model, stored = unwrapped(model), read_adapter(adapter_folder(path))
+    stored = read_adapter(adapter_folder(path))
     if stored.method == _STEER:
-        return load_steering(model, stored)
+        return load_steering(unwrapped(model), stored)
+    model = unwrapped_to_train(model)
     method = _method(stored)
     tensors, head = (_under(prefix, stored.tensors) for prefix in ("method.", "head."))
 

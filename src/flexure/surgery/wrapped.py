@@ -9,21 +9,23 @@ after a merge: it then survives one, and its files load on either.
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 from torch import nn
 
 from flexure.contracts import FlexureError
 
-__all__ = ["is_tuned", "module_at", "plain_path", "unwrapped"]
+__all__ = ["is_tuned", "module_at", "plain_path", "unwrapped", "unwrapped_to_train"]
 
+_PARALLEL = ("torch.nn.parallel.distributed", "DistributedDataParallel")
 _AROUND = (
     ("peft", "PeftModel", "base_model"),
     ("peft", "PeftMixedModel", "base_model"),
     ("peft.tuners.tuners_utils", "BaseTuner", "model"),
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
     ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
-    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
+    (*_PARALLEL, "module"),
 )
 """Module and class of each wrapper, and its attribute that holds what is inside."""
 
@@ -48,6 +50,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
             inside: nn.Module = getattr(model, attribute)
             return unwrapped(inside)
     return model
+
+
+def unwrapped_to_train(model: nn.Module) -> nn.Module:
+    """As `unwrapped`, for parameters to be added; warns of what would not average their gradients.
+
+    `DistributedDataParallel` knows the parameters that it was made around, and no later ones: each
+    process would go its own way, without an error.
+    """
+    inside = unwrapped(model)
+    around: Any = model
+    while around is not inside:
+        if _is(around, *_PARALLEL) and around.process_group.size() > 1:
+            warnings.warn(
+                "DistributedDataParallel does not average the gradients of parameters that are "
+                "added later: to train them, make it anew around the adapted network",
+                stacklevel=3,
+            )
+        row = next(row for row in _AROUND if _is(around, *row[:2]))
+        around = getattr(around, row[2])
+    return inside
 
 
 def plain_path(model: nn.Module, path: str) -> str:
