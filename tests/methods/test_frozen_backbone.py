@@ -75,3 +75,134 @@ def test_the_dropout_inside_a_trained_head_follows(name: str) -> None:
     assert model[3][0].training
     assert not model[1][2].training
     assert not torch.equal(model(Z), model(Z))
+
+
+EVERY = pytest.mark.parametrize("name", METHODS)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+STEPS = {
+    "freeze": lambda adaptation: adaptation.freeze(),
+    "disable": lambda adaptation: adaptation.disable(),
+    "remove": lambda adaptation: adaptation.remove(),
+    "freeze and remove": lambda adaptation: (adaptation.freeze(), adaptation.remove()),
+    "switch": lambda adaptation: (adaptation.disable(), adaptation.enable()),
+}
+
+
+class Sloped(nn.Module):
+    """A learned slope, a shared weight, buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(8)
+        self.first = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.act = nn.PReLU(6)
+        self.second = nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.tail = nn.SiLU()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.tail(self.second(self.act(self.norm(self.first(x))))))
+
+
+def learned(name: str) -> tuple[Sloped, dict[str, Tensor], Adaptation]:
+    """A model, what it held, and its trained adaptation."""
+    model = Sloped().eval()
+    before = contents(model)
+    adaptation = adapt(model, method(name), example=Z)
+    train(adaptation)
+    return model.eval(), before, adaptation
+
+
+def cast(held: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {k: t.to(dtype) if t.is_floating_point() else t for k, t in held.items()}
+
+
+@EVERY
+@DTYPES
+@pytest.mark.parametrize("step", STEPS)
+def test_a_model_that_was_cast_goes_on_in_its_dtype(
+    name: str, dtype: torch.dtype, step: str
+) -> None:
+    model, before, adaptation = learned(name)
+    expected = model(Z)
+    model.to(dtype)
+    STEPS[step](adaptation)
+    found = model(Z.to(dtype))
+    assert found.dtype == dtype
+    if adaptation.active:
+        torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
+        adaptation.remove()
+    assert same(contents(model), cast(before, dtype))
+
+
+@EVERY
+@DTYPES
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_is_out_follows_a_model_that_is_cast(
+    name: str, dtype: torch.dtype, merged: bool
+) -> None:
+    model, before, adaptation = learned(name)
+    if merged:
+        adaptation.freeze()
+    expected = model(Z)
+    adaptation.disable()
+    model.to(dtype)
+    adaptation.enable()
+    found = model(Z.to(dtype))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
+    if dtype == torch.float64:
+        assert all(t.dtype == dtype for t in contents(model).values() if t.is_floating_point())
+    adaptation.remove()
+    assert same(contents(model), cast(before, dtype))
+
+
+@EVERY
+def test_there_and_back_is_bit_identical_and_copies_nothing(name: str) -> None:
+    model, before, adaptation = learned(name)
+    for _ in range(2):
+        places = {n: p.data_ptr() for n, p in model.named_parameters()}
+        expected = model(Z)
+        adaptation.disable()
+        adaptation.enable()
+        assert {n: p.data_ptr() for n, p in model.named_parameters()} == places
+        assert torch.equal(model(Z), expected)
+        model.double().float()
+        adaptation.freeze()
+    adaptation.remove()
+    assert same(contents(model), before)
+
+
+@pytest.mark.parametrize("name", ["linear_probe", "steered_probe", "trainable_ct", "lora"])
+def test_the_old_head_follows_to_another_device(name: str) -> None:
+    model, before, adaptation = learned(name)
+    model.to("meta")
+    adaptation.remove()
+    now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert all(tensor.is_meta for tensor in now.values())
+    assert now.keys() >= before.keys()
+
+
+def test_a_head_of_two_dtypes_keeps_both() -> None:
+    torch.manual_seed(9)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), Mixed()).eval()
+    before = contents(model)
+    adaptation = adapt(model, method("trainable_ct"), example=Z, head="2")
+    assert model[2].linear.weight.dtype == torch.bfloat16
+    assert model[2].norm.weight.dtype == torch.float32
+    adaptation.remove()
+    assert same(contents(model), before)
+
+
+class Mixed(nn.Module):
+    """A normalisation in float32 before a layer in half precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.linear = nn.Linear(8, 3, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x).bfloat16()).float()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flexure.contracts import AdapterError, Example, SiteError
 from flexure.surgery.census import check_free, sites
+from flexure.surgery.follow import first_floating
 from flexure.surgery.install import Installation, Plan, install, plan
 from flexure.surgery.plan_file import check_fits, plan_from_json, plan_to_json
 from flexure.surgery.sites import Site, SiteReport, Where
@@ -140,6 +141,7 @@ class PlacedUnits:
         self._learned = dict(units)
         self._units = dict(units)
         self._placed: Installation[CTU] | None = None
+        self._left: dict[str, torch.dtype] = {}
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -161,6 +163,8 @@ class PlacedUnits:
         if self._placed is not None:
             self._placed.remove()
             self._placed = None
+            near = {site.name: _near(self._model, site.caller) for site in self._plan.sites}
+            self._left = {site: like.dtype for site, like in near.items() if like is not None}
 
     def freeze(self) -> None:
         """Puts units with constant dials in the place of trainable ones."""
@@ -199,7 +203,12 @@ class PlacedUnits:
         if original is not None:
             for key in original._parameters.keys() & unit._parameters.keys():
                 unit._parameters[key] = original._parameters[key]
-        return unit.to(device=_device_near(self._model, site.caller))
+        near = _near(self._model, site.caller)
+        if near is None:
+            return unit.cpu()
+        # Cast only if the model was: stored dials keep their dtype.
+        cast = self._left.get(site.name, near.dtype) != near.dtype
+        return unit.to(device=near.device, dtype=near.dtype if cast else None)
 
 
 def _inside(site: Site, head: str | None) -> bool:
@@ -257,11 +266,10 @@ def _spread(unit: CTU, value: float | Tensor) -> Tensor:
     return torch.full((unit.channels or 1,), float(value), dtype=torch.float64)
 
 
-def _device_near(model: nn.Module, path: str) -> torch.device:
-    """Where the parameters around `path` are: of the nearest enclosing module that has any."""
+def _near(model: nn.Module, path: str) -> Tensor | None:
+    """A parameter around `path`: of the nearest enclosing module that has any."""
     while True:
-        for parameter in model.get_submodule(path).parameters():
-            return parameter.device
-        if not path:
-            return torch.device("cpu")
+        found = first_floating(model.get_submodule(path))
+        if found is not None or not path:
+            return found
         path = path.rpartition(".")[0]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from flexure.contracts import SiteError
+from flexure.surgery.follow import move
 from flexure.surgery.weight_layers import CHILD, WeightLayer
 from flexure.units.wide import kept_wide
 
@@ -179,7 +180,7 @@ class LowRankWeights:
         merged = {}
         for path, factors in self.factors.items():
             weight = _own_weight(self.layers[path][0].module)
-            _follow(factors.parameters(), weight.device)
+            _follow(factors, weight)
             with torch.no_grad():
                 merged[path] = (weight, nn.Parameter(factors(weight), requires_grad=False))
         self._merged = merged
@@ -227,7 +228,7 @@ def _own_weight(layer: nn.Module) -> nn.Parameter:
 
 
 def _attach(layer: nn.Module, factors: LowRank) -> None:
-    _follow(factors.parameters(), _own_weight(layer).device)
+    _follow(factors, _own_weight(layer))
     factors.train(layer.training)
     layer._modules[CHILD] = factors
     layer.__class__ = _changed_class(type(layer))
@@ -248,15 +249,17 @@ def _check_attached(layer: WeightLayer) -> None:
 
 
 def _exchange(layer: nn.Module, weight: nn.Parameter) -> None:
-    _follow((weight,), _own_weight(layer).device)
+    held = _own_weight(layer)
+    move(weight, held.device, held.dtype)
     layer._parameters["weight"] = weight
 
 
-def _follow(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
-    """Follows a model that was moved meanwhile; the Parameter objects stay, for the optimiser."""
-    for parameter in parameters:
-        if parameter.device != device:
-            parameter.data = parameter.data.to(device)
+def _follow(factors: LowRank, weight: nn.Parameter) -> None:
+    """Follows a model that was moved, or cast to a wider dtype, meanwhile."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    for factor in factors.parameters():
+        # Never to a narrower one: what was learned is kept.
+        move(factor, weight.device, torch.promote_types(factor.dtype, wide))
 
 
 def _changed_class(base: Any) -> Any:

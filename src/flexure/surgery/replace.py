@@ -4,31 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from flexure.contracts import AdapterError
+from flexure.surgery.follow import first_floating, follow, tensors_of
 from flexure.surgery.wrapped import module_at
 
 __all__ = ["HOOKS", "linear_of", "replace_module"]
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> Callable[[], None]:
-    """Puts `new` at `path`, in the mode, on the device and in the dtype of what was there.
+    """Puts `new` at `path`, in the mode, on the device and in the dtypes of what was there.
 
     A layer that PEFT trains whole is replaced inside its wrapper. It takes every place of a module
     that has several, and the hooks of what was there.
 
     Returns:
-        A function that puts the old module back, in the mode of the new one; a second call does
-        nothing.
+        A function that puts the old module back, in the mode of the new one, moved and cast as the
+        new one was meanwhile; a second call does nothing.
 
     Raises:
         AttributeError: the model has no module at `path`.
     """
     old = module_at(model, path)
-    like = next(iter((*old.parameters(), *model.parameters())), None)
-    if like is not None:
-        new.to(device=like.device, dtype=like.dtype)
+    follow(new, tensors_of(old), first_floating(old, model))
+    before = _place(new)
     # The same dictionaries, so that a handle made before or after removes its hook from both.
     for key in HOOKS:
         new.__dict__[key] = old.__dict__[key]
@@ -37,11 +38,17 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> Callable[[], 
         children[name] = new
 
     def put_back() -> None:
+        follow(old, tensors_of(new), first_floating(new) if _place(new) != before else None)
         # Where it is now: merging a PEFT model has moved it.
         for children, name in _places(model, new):
             children[name] = old.train(new.training)
 
     return put_back
+
+
+def _place(module: nn.Module) -> tuple[torch.device, torch.dtype] | None:
+    first = first_floating(module)
+    return None if first is None else (first.device, first.dtype)
 
 
 def _places(model: nn.Module, held: nn.Module) -> list[tuple[dict[str, nn.Module | None], str]]:
