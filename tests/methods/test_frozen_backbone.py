@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexure.contracts import FlexureError
 from flexure.methods.adapt import Adaptation, adapt
 from flexure.methods.catalogue import METHODS
+from flexure.surgery.census import sites
 from tests.methods.adapted import contents, method, same
 
 FROZEN = pytest.mark.parametrize("name", [n for n, row in METHODS.items() if row.freezes])
@@ -206,3 +210,68 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.norm(x).bfloat16()).float()
+
+
+class Looking(nn.Module):
+    """An embedding that rewrites its own weight, inside a bag or not."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(10)
+        self.table = kind(12, 6, max_norm=0.5)
+        self.middle = nn.Linear(6, 6)
+        self.act = nn.ReLU()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        return self.head(self.act(self.middle(x if x.ndim == 2 else x.mean(1))))
+
+
+IDS = torch.arange(12).reshape(4, 3)
+KINDS = pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+
+
+@KINDS
+def test_looking_for_sites_leaves_a_renormalising_embedding_alone(kind: type[nn.Module]) -> None:
+    model = Looking(kind)
+    before = contents(model)
+    sites(model, IDS)
+    assert same(contents(model), before)
+    model(IDS)
+    assert not same(contents(model), before)
+
+
+@KINDS
+@FROZEN
+def test_freezing_a_renormalising_embedding_is_refused(name: str, kind: type[nn.Module]) -> None:
+    model = Looking(kind)
+    before = contents(model)
+    with pytest.raises(FlexureError, match=r"max_norm in 'table'.*max_norm=None"):
+        adapt(model, method(name), example=IDS)
+    assert same(contents(model), before)
+    assert all(p.requires_grad for p in model.parameters())
+
+    expected = copy.deepcopy(model)(IDS)
+    layer = model.table
+    layer.weight.data = layer.weight.data.renorm(layer.norm_type, 0, layer.max_norm)
+    layer.max_norm = None
+    torch.testing.assert_close(model(IDS), expected)
+    before = contents(model)
+    adaptation = adapt(model, method(name), example=IDS)
+    F.cross_entropy(model(IDS), torch.arange(4) % 3).backward()
+    adaptation.remove()
+    assert same(contents(model), before)
+
+
+def test_a_renormalising_embedding_can_be_finetuned_but_not_made_constant() -> None:
+    model = Looking(nn.Embedding)
+    before = contents(model)
+    adaptation = adapt(model, method("full_finetune"), example=IDS)
+    model(IDS)
+    with pytest.raises(FlexureError, match="max_norm in 'table'"):
+        adaptation.freeze()
+    adaptation.enable()
+    assert adaptation.parameter_groups()
+    adaptation.remove()
+    assert same(contents(model), before)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flexure.contracts import AdapterError, FlexureError
+from flexure.surgery.frozen import check_constant
 
 __all__ = ["NothingInstalled", "Weights", "check_names", "check_unused"]
 
@@ -60,6 +61,7 @@ class Weights(NothingInstalled):
 
     def __init__(self, model: nn.Module, head: str | None) -> None:
         inside = set() if head is None else set(model.get_submodule(head).modules())
+        self._model = model
         self._modules = {path: m for path, m in model.named_modules() if m not in inside}
         self._parameters: dict[str, nn.Parameter] = dict(_each(self._modules, "_parameters"))
         self._values = {name: p.detach().clone() for name, p in self._parameters.items()}
@@ -102,7 +104,12 @@ class Weights(NothingInstalled):
             self._undo = None
 
     def freeze(self) -> None:
-        """Makes the trained weights constants."""
+        """Makes the trained weights constants.
+
+        Raises:
+            FlexureError: a layer would go on overwriting its weight.
+        """
+        check_constant(self._model)
         self._frozen = True
 
     def tensors(self) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ Frozen layers stay in eval mode whatever mode the caller sets, and become the li
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from flexure.contracts import FlexureError
 from flexure.surgery.light import LIGHT
+from flexure.surgery.preserve import rewritten_weights
 
-__all__ = ["KeepEval", "freeze", "stay_in_eval_mode"]
+__all__ = ["KeepEval", "check_constant", "freeze", "stay_in_eval_mode"]
 
 
 def freeze(
@@ -54,7 +55,8 @@ def freeze(
         froze stays in eval mode until its own is called.
 
     Raises:
-        FlexureError: one of `trainable` is not a parameter of the model.
+        FlexureError: one of `trainable` is not a parameter of the model, or an embedding with
+            `max_norm`, which rewrites its weight at each call, would have to stay as it is.
     """
     chosen = {id(parameter): parameter for parameter in trainable}
     strangers = chosen.keys() - {id(parameter) for parameter in model.parameters()}
@@ -64,6 +66,7 @@ def freeze(
             f"expected parameters of the model, got {len(strangers)} that are not its own, of "
             f"shape {shapes}; install what they belong to first"
         )
+    check_constant(model, chosen.keys())
     with ExitStack() as undo:
         for module in model.modules():
             for key, parameter in module._parameters.items():
@@ -73,6 +76,27 @@ def freeze(
             _keep_in_eval_mode(module, undo)
             _lighten(module, undo)
         return undo.pop_all().close
+
+
+def check_constant(model: nn.Module, trainable: Container[int] = ()) -> None:
+    """Makes sure that no layer overwrites a weight that is to stay as it is.
+
+    Args:
+        model: the network.
+        trainable: ids of the parameters that may change.
+
+    Raises:
+        FlexureError: an embedding with `max_norm` does.
+    """
+    found = [path for path, p in rewritten_weights(model).items() if id(p) not in trainable]
+    if found:
+        raise FlexureError(
+            f"expected frozen layers to keep their weights, got max_norm in "
+            f"{', '.join(repr(path or 'the model') for path in found)}, which scales rows of the "
+            f"weight whenever they are looked up; do that once for all rows, then set "
+            f"max_norm=None: layer.weight.data = layer.weight.data.renorm(layer.norm_type, 0, "
+            f"layer.max_norm)"
+        )
 
 
 class KeepEval:

@@ -1,4 +1,4 @@
-"""A forward pass that leaves no trace: buffers, attributes and random generators are put back.
+"""A forward pass that leaves no trace: what it writes, and random generators, are put back.
 
 Nothing here knows what an activation is.
 """
@@ -12,26 +12,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["preserved"]
+__all__ = ["preserved", "rewritten_weights"]
 
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restores `model` and the random generators on exit, bit for bit.
 
-    Covers buffers, whatever a module binds to its attributes (counters, caches), and the
-    generators of Python, NumPy and PyTorch on every device in use. A parameter that the pass
-    overwrites, and a list or dict that it changes in place, are not covered.
+    Covers buffers, the weights that torch's own layers overwrite (`rewritten_weights`), whatever a
+    module binds to its attributes (counters, caches), and the generators of Python, NumPy and
+    PyTorch on every device in use. Another parameter that the pass overwrites, and a list or dict
+    that it changes in place, are not covered.
     """
     modules = [
         (module, _attributes(module), dict(module._buffers))
         for module in model.modules()
         if not isinstance(module, torch.jit.ScriptModule)
     ]
+    overwritten = (*model.buffers(), *rewritten_weights(model).values())
     contents = {
-        id(buffer): (buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta
+        id(tensor): (tensor, tensor.detach().clone())
+        for tensor in overwritten
+        if not tensor.is_meta
     }
     python, numpy = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
@@ -48,9 +52,24 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 module._buffers.clear()
                 module._buffers.update(buffers)
             with torch.no_grad():
-                for buffer, content in contents.values():
-                    if not torch.equal(buffer, content):
-                        buffer.copy_(content)
+                for tensor, content in contents.values():
+                    if not torch.equal(tensor, content):
+                        tensor.copy_(content)
+
+
+def rewritten_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Path -> weight, of every layer that rewrites its weight when it is called, in eval mode too.
+
+    An embedding with `max_norm` scales down the rows that it looks up, in place.
+    """
+    return {
+        path: module.weight
+        for path, module in model.named_modules()
+        if isinstance(module, _RENORMALISING) and module.max_norm is not None
+    }
+
+
+_RENORMALISING = (nn.Embedding, nn.EmbeddingBag)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
