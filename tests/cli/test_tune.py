@@ -116,6 +116,16 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no epochs": (["--epochs", "0"], "epochs"),
     "no such head": (["--head", "nowhere"], "nowhere"),
     "no such site": (["--where", "layer9.*"], "layer9"),
+    "rates beyond all bounds": (["--rate-factors", "1e300", "--arms", "lora"], "at most 1e+30"),
+    "a rate that overflows": (["--rate-factors", "1e308", "--arms", "full"], "rate factors"),
+    "seed": (["--seed", "99999999999999999999999"], "--seed"),
+    "seeds": (["--seeds", "1000000000000000000000"], "--seeds"),
+    "epochs": (["--epochs", "1000000000000000000000"], "--epochs"),
+    "batch size": (["--batch-size", "1000000000000000000000"], "--batch-size"),
+    "head's rate 0": (["--head-rate", "0"], "at most 1000, got 0.0"),
+    "head's rate -1": (["--head-rate", "-1"], "at most 1000, got -1.0"),
+    "head's rate nan": (["--head-rate", "nan"], "at most 1000, got nan"),
+    "head's rate 1e30": (["--head-rate", "1e30"], "at most 1000, got 1e+30"),
     "device": (["--device", "tpu9"], "tpu9"),
     "nothing to resume from": (["--resume", "--arms", "probe,magic"], "magic"),
 }
@@ -131,6 +141,14 @@ def test_mistakes_are_one_line_and_exit_2(name: str, model: str, tmp_path: Path,
     assert err.count("\n") == 1
     assert expected in err
     assert not (out / "results.json").exists()
+
+
+def test_after_a_mistake_the_same_folder_is_taken(model: str, tmp_path: Path, capsys) -> None:
+    arguments = [model, *FAST, "--arms", "probe,steered", "--out", str(tmp_path / "out")]
+    code, _, err = tune(*arguments, "--where", "layer9", capsys=capsys)
+    assert (code, "the arm 'steered' does not fit" in err) == (2, True)
+    code, _, err = tune(*arguments, capsys=capsys)
+    assert (code, err) == (0, "")
 
 
 def numbers_of(folder: Path) -> Any:

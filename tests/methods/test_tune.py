@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import flexure
 from flexure.contracts import DataError, FlexureError
 from flexure.methods import tune_run
-from flexure.methods.baselines import LinearProbe
+from flexure.methods.baselines import FullFinetune, LinearProbe
 from flexure.methods.features import fingerprint
 from flexure.methods.lora import LoRA
 from flexure.methods.shuffled import Shuffled
@@ -324,10 +324,10 @@ def test_more_arms_and_seeds_build_on_a_store(
 FOREIGN = {
     "model": ({"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))},
               "another model"),
-    "epochs": ({"epochs": 3}, "another training"),
+    "epochs": ({"epochs": 3}, r"another training \(2 epochs.* there, 3 epochs.* here\)"),
     "schedule": ({"schedule": None}, "another schedule"),
     "batches": ({"batch_size": 30}, "another training"),
-    "where": ({"where": ["2"]}, "another where"),
+    "where": ({"where": ["2"]}, r"another where \(None there, \['2'\] here\)"),
 }  # fmt: skip
 
 
@@ -418,7 +418,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "factor 0": ({"rate_factors": (1, 0)}, "positive factors"),
     "no head": ({"head": "nowhere"}, "nowhere"),
     "a head that is none": ({"head": "3"}, "'3'"),
-    "no site": ({"where": ["layer9"]}, "layer9"),
+    "no site": ({"where": ["layer9"]}, r"the arm 'steered' does not fit.*layer9.*leave it out"),
+    "a seed too large": ({"seeds": (1, 2**64)}, r"below 2\^64"),
+    "a negative seed": ({"seeds": (-1,)}, "at least 0"),
+    "too large a batch": ({"batch_size": 10**22}, r"below 2\^31"),
+    "head's rate 0": ({"head_learning_rate": 0}, "above 0 and at most 1000, got 0"),
+    "head's rate nan": ({"head_learning_rate": float("nan")}, "at most 1000, got nan"),
+    "head's rate 1e30": ({"head_learning_rate": 1e30}, r"at most 1000, got 1e\+30"),
+    "head's rate a word": ({"head_learning_rate": "a"}, "at most 1000, got 'a'"),
 }
 
 
@@ -427,6 +434,33 @@ def test_mistakes_are_told(name: str) -> None:
     options, message = MISTAKES[name]
     with pytest.raises(FlexureError, match=message):
         compare(**options)
+
+
+UNFIT: dict[str, tuple[dict[str, Any], str]] = {
+    "where": ({"where": ["layer9"]}, "'steered' does not fit"),
+    "a later trial": (
+        {"arms": {"full": FullFinetune(), "mine": [LoRA(), LoRA(where=["nowhere"])]}},
+        "'mine' does not fit",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_an_arm_that_does_not_fit_is_told_before_any_training(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, message = UNFIT[name]
+    model, trained = network(), []
+    before = fingerprint(model), torch.get_rng_state()
+    original = tune_run.fit
+    monkeypatch.setattr(tune_run, "fit", lambda *a, **o: trained.append(1) or original(*a, **o))
+    with pytest.raises(FlexureError, match=f"{message}.*or leave it out.*arms="):
+        compare(model, store=tmp_path, **options)
+    assert not trained
+    assert fingerprint(model) == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert not list(tmp_path.iterdir())
+    compare(model, store=tmp_path, arms=["probe"], epochs=1)  # the folder is nobody's yet
 
 
 def test_data_for_two_purposes_is_refused() -> None:

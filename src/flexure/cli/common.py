@@ -20,6 +20,7 @@ from flexure.models import load_model
 from flexure.record import to_json
 
 __all__ = [
+    "LARGEST_SEED",
     "AsJson",
     "BatchSize",
     "Device",
@@ -47,6 +48,8 @@ _OURS = (
 )  # fmt: skip
 
 
+LARGEST_SEED = 2**63  # some more follow it, and torch takes less than 2**64
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -56,8 +59,10 @@ Model = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Items in a forward pass.")]
-Seed = Annotated[int, typer.Option(min=0, help="Decides splits, probes and intervals.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=1_000_000, help="Items in a forward pass.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=LARGEST_SEED, help="Decides splits, probes and intervals.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines, nothing else.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the interrupted run in the output folder.")

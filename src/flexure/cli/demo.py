@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from flexure.cli.common import AsJson, print_json
+from flexure.cli.common import LARGEST_SEED, AsJson, print_json
 
 __all__ = ["demo"]
 
@@ -17,7 +17,12 @@ __all__ = ["demo"]
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("flexure-demo"),
     seed: Annotated[
-        int, typer.Option(min=0, help="Of the spiral, and the first of five for the digits.")
+        int,
+        typer.Option(
+            min=0,
+            max=LARGEST_SEED,
+            help="Of the spiral, and the first of five for the digits.",
+        ),
     ] = 50,
     as_json: AsJson = False,
 ) -> None:

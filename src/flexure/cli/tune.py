@@ -51,8 +51,8 @@ def tune(
     arms: Annotated[
         str, typer.Option(help="Ways to adapt, with commas; the probe is always among them.")
     ] = ",".join(ARMS),
-    epochs: Annotated[int, typer.Option(min=1, help="Of every training.")] = 20,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each arm.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, max=100_000, help="Of every training.")] = 20,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Trainings of each arm.")] = 3,
     rate_factors: Annotated[
         str,
         typer.Option(
@@ -75,7 +75,9 @@ def tune(
     val_size: Size = None,
     test_size: Size = None,
     device: Device = "cpu",
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a training step.")] = 32,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Samples in a training step.")
+    ] = 32,
     seed: Seed = 42,
     resume: Resume = False,
     as_json: AsJson = False,

@@ -24,6 +24,7 @@ __all__ = ["Store"]
 
 _FINGERPRINT = "fingerprint.json"
 _NUMBERS = "numbers"
+_DIGEST = 32  # hexadecimal digits
 
 
 class Store:
@@ -61,8 +62,8 @@ class Store:
         if different:
             raise FlexureError(
                 f"expected {str(self.folder)!r} to hold {holds} of this {work}, got one with "
-                f"another {', '.join(different)}; give another folder to resume from, or delete "
-                f"this one"
+                f"another {_differences(different, found, fingerprint)}; give another folder to "
+                f"resume from, or delete this one"
             )
 
     def get(self, part: str) -> dict[str, Tensor] | None:
@@ -89,6 +90,18 @@ class Store:
     def path(self, part: str) -> Path:
         """The file of a part."""
         return self.folder / f"{part}.safetensors"
+
+
+def _differences(names: list[str], there: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """What differs, with both values where people can read them."""
+    return ", ".join(
+        name if _is_digest(here[name]) else f"{name} ({there.get(name)} there, {here[name]} here)"
+        for name in names
+    )
+
+
+def _is_digest(value: str) -> bool:
+    return len(value) >= _DIGEST and set(value) <= set("0123456789abcdef")
 
 
 def _read(path: Path, holds: str) -> dict[str, str]:

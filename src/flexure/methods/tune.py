@@ -27,7 +27,7 @@ from flexure.methods.head import HEAD_LEARNING_RATE
 from flexure.methods.in_place import adaptation_in_place
 from flexure.methods.run_store import RunStore
 from flexure.methods.tune_result import ArmResult, Candidate, Run, TuneResult, compared
-from flexure.methods.tune_run import Task, train_once
+from flexure.methods.tune_run import Task, check_arm, train_once
 from flexure.methods.tuning_data import Train, TuningData
 from flexure.progress import Progress, ProgressReporter
 from flexure.record import check_writable, versions
@@ -39,6 +39,8 @@ __all__ = ["SEEDS", "tune"]
 
 SEEDS: tuple[int, ...] = (42, 43, 44)
 """The paper's."""
+
+_LARGEST_HEAD_RATE = 1e3  # with Adam, the length of the first step of every weight
 
 
 def tune(
@@ -90,9 +92,9 @@ def tune(
         rate_factors: the sweep, as factors on a method's own learning rate. Every arm that has
             something to choose gets as many trials: the steered network so many betas, Trainable
             CT so many pairs of a start and a rate; several methods are tried as given.
-        head_learning_rate: of every arm's head, as published. In few steps it leaves the head,
-            and with it the probe, far from converged: what an arm then gains over the probe is
-            partly the head's training that it makes up for.
+        head_learning_rate: of every arm's head, as published; above 0 and at most 1000. In few
+            steps it leaves the head, and with it the probe, far from converged: what an arm then
+            gains over the probe is partly the head's training that it makes up for.
         head: path of the classification layer; default: the `nn.Linear` that gives the logits.
         where: the activation sites that steered and Trainable CT arms adapt, as in `adapt`; which
             layers LoRA adapts is a setting of its own.
@@ -103,14 +105,16 @@ def tune(
         progress: True for a bar on stderr, or a callable (arm, steps done, steps in all).
 
     Raises:
-        FlexureError: a wrong argument, a method that does not fit the model, an arm of which no
-            run could be finished, or a folder that holds runs of another comparison.
-        SiteError: an arm that finds no activation, or no layer, to adapt.
+        FlexureError: a wrong argument, a method that does not fit the model (before any
+            training), an arm of which no run could be finished, or a folder that holds runs of
+            another comparison.
+        SiteError: an arm that finds no activation, or no layer, to adapt; before any training.
         DataError: empty data, one class, classes that are not 0, 1, 2, ..., a class that train
             lacks, or splits that share samples.
     """
     asked, seeds = arms_of(arms, rate_factors), _seeds(seeds)
     _check(model, head, epochs=epochs, batch_size=batch_size)
+    _check_head_rate(head_learning_rate)
     folder = None if adapters is None else check_writable(adapters)
     clock = Clock()
     with clock("reading"):
@@ -131,6 +135,9 @@ def tune(
         schedule=None if schedule is None else schedule(data.steps),
         head_learning_rate=head_learning_rate,
     )
+    with clock("checking"):  # before any training, which is lost time if a later arm fails
+        for arm in asked:
+            check_arm(task, arm, seeds[0])
     with _stored(store, task, data) as runs, _reporting(progress) as reporter:
         kept = {"resumable": store is not None, "save": folder is not None}
         bench = _Bench(task, data, runs, seeds, reporter, clock, **kept)
@@ -308,16 +315,35 @@ def _factors(task: Task, steps: int) -> tuple[float, ...]:
 def _seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     found = (seeds,) if isinstance(seeds, Integral) else tuple(seeds)
     whole = all(isinstance(s, Integral) and not isinstance(s, bool) for s in found)
-    if not found or not whole or min(found) < 0 or len(set(found)) < len(found):
+    if not found or not whole or len(set(found)) < len(found):
         raise FlexureError(f"expected different whole seeds of at least 0, got {seeds!r}")
-    return tuple(int(seed) for seed in found)
+    numbers = tuple(int(seed) for seed in found)
+    if min(numbers) < 0 or max(numbers) >= 2**64:
+        raise FlexureError(
+            f"expected different whole seeds of at least 0 and below 2^64, got {seeds!r}; choose "
+            f"others"
+        )
+    return numbers
+
+
+def _check_head_rate(rate: object) -> None:
+    number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    if not number or not 0 < rate <= _LARGEST_HEAD_RATE:  # type: ignore[operator]
+        raise FlexureError(
+            f"expected a head's learning rate above 0 and at most {_LARGEST_HEAD_RATE:g}, got "
+            f"{rate!r}; {HEAD_LEARNING_RATE:g} is the published one"
+        )
 
 
 def _check(model: nn.Module, head: str | None, **counts: object) -> None:
     """Refuses what is wrong before any work."""
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
-            raise FlexureError(f"expected {name} to be a whole number, at least 1, got {value!r}")
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not whole or not 1 <= int(value) < 2**31:  # type: ignore[call-overload]
+            raise FlexureError(
+                f"expected {name} to be a whole number, at least 1 and below 2^31, got {value!r}; "
+                f"choose another"
+            )
     if head is not None:
         head_module(model, head)
     if (there := adaptation_in_place(model)) is not None:

@@ -21,13 +21,13 @@ from flexure.calling import call_model, evaluating, logits_of
 from flexure.contracts import Batches, Example, FlexureError
 from flexure.memory import peak_bytes
 from flexure.methods.adapt import Adaptation, adapt
-from flexure.methods.arms import Trial
+from flexure.methods.arms import PROBE, Arm, Trial
 from flexure.methods.features import device_of
 from flexure.methods.tune_result import Run
 from flexure.surgery.sites import Where
 from flexure.train.fit import Schedule, fit
 
-__all__ = ["Task", "train_once"]
+__all__ = ["Task", "check_arm", "train_once"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,25 @@ class Task:
     epochs: int
     schedule: Schedule | None
     head_learning_rate: float
+
+
+def check_arm(task: Task, arm: Arm, seed: int) -> None:
+    """Puts each setting of an arm into the model and takes it out again, to find out if it can.
+
+    Raises:
+        FlexureError: it cannot; of the same kind as the method's own error.
+    """
+    for trial in arm.trials:
+        try:
+            with _noted():  # its runs will warn of the same
+                _adapted(task, trial, seed).remove()
+        except FlexureError as error:
+            if arm.name == PROBE:  # no comparison is without it
+                raise
+            raise type(error)(
+                f"the arm {arm.name!r} does not fit: {error}; or leave it out, by naming the "
+                f"others in arms= (--arms)"
+            ) from error
 
 
 def train_once(
