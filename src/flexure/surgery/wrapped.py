@@ -58,10 +58,10 @@ def unwrapped_to_train(model: nn.Module) -> nn.Module:
     `DistributedDataParallel` knows the parameters that it was made around, and no later ones: each
     process would go its own way, without an error.
     """
-    inside = unwrapped(model)
-    around: Any = model
+    inside, around = unwrapped(model), model
     while around is not inside:
-        if _is(around, *_PARALLEL) and around.process_group.size() > 1:
+        group: Any = getattr(around, "process_group", None)
+        if _is(around, *_PARALLEL) and group.size() > 1:
             warnings.warn(
                 "DistributedDataParallel does not average the gradients of parameters that are "
                 "added later: to train them, make it anew around the adapted network",
