@@ -1,12 +1,16 @@
 """Training over several processes: shares of a batch, and sums, means and copies across them.
 
-Every process holds the whole model. What is computed from a share is not known here.
+Every process holds the whole model. What is computed from a share is not known here. Before each
+exchange all processes say what they are about to do, so that an error in one, or another course
+of one, ends all of them instead of leaving the others waiting.
 """
 
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +29,16 @@ _SENT_AS = {
     torch.bfloat16: torch.float32,
 }
 """Dtypes that a sum would round, or that some backends cannot send."""
+
+_FAILED = -1.0
+"""What a process says before an exchange that it will not take part in."""
+
+_TEXT = 300
+"""Bytes of what a process says of itself."""
+
+
+class _OtherProcessError(FlexureError):
+    """Raised where every process knows already."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,28 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this is the one that writes and reports."""
         return self.index == 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside, an error in one process is raised there, and told to all others.
+
+        They raise at their next exchange. It does not see into exchanges that are not made here,
+        such as those of `SyncBatchNorm`: an error of one process just before such a one leaves the
+        others waiting for it.
+
+        Raises:
+            FlexureError: another process has failed, or does something else; the message names it.
+        """
+        try:
+            yield
+            self._meet("the end")
+        except _OtherProcessError:
+            raise
+        except Exception as error:
+            first_line = (str(error).splitlines() or [""])[0]
+            with suppress(RuntimeError):  # a lost connection must not hide the error
+                self._say(_FAILED, f"{type(error).__name__}: {first_line}")
+            raise
 
     def share(self, rows: int) -> slice:
         """The contiguous rows of a global batch that are this process's, at most one more or less.
@@ -67,6 +103,7 @@ class Processes:
         """Sums of numbers over the processes, in float64; the same bits on each."""
         if self.count == 1:
             return list(values)
+        self._meet(f"a sum of {len(values)} numbers")
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(total)
         return total.tolist()
@@ -80,7 +117,8 @@ class Processes:
     def sum_in_place(self, tensors: Iterable[Tensor]) -> None:
         """Replaces each tensor by its sum over the processes."""
         if self.count > 1:
-            _in_buckets(tensors, torch.distributed.all_reduce, self.device)
+            given = self._met("a sum", tensors)
+            _in_buckets(given, torch.distributed.all_reduce, self.device)
 
     def average_in_place(self, tensors: Iterable[Tensor]) -> None:
         """Replaces floating-point tensors by their means over the processes, others by the first's.
@@ -90,14 +128,15 @@ class Processes:
         """
         if self.count == 1:
             return
-        given = list(tensors)
+        given = self._met("a mean", tensors)
         _in_buckets([t for t in given if t.is_floating_point()], self._average, self.device)
         self.copy_first([t for t in given if not t.is_floating_point()])
 
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
         """Gives every process the values of the first."""
         if self.count > 1:
-            _in_buckets(tensors, lambda flat: torch.distributed.broadcast(flat, 0), self.device)
+            given = self._met("a copy", tensors)
+            _in_buckets(given, lambda flat: torch.distributed.broadcast(flat, 0), self.device)
 
     def wait(self) -> None:
         """Returns when every process is here."""
@@ -106,6 +145,46 @@ class Processes:
     def _average(self, flat: Tensor) -> None:
         torch.distributed.all_reduce(flat)
         flat /= self.count
+
+    def _met(self, doing: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """The tensors, once every process is about to do the same with as many of them."""
+        given = list(tensors)
+        self._meet(f"{doing} of {sum(t.numel() for t in given)} elements in {len(given)} tensors")
+        return given
+
+    def _meet(self, doing: str) -> None:
+        """Returns when every process is about to do the same, or raises on each."""
+        said = self._say(float(zlib.crc32(doing.encode())), doing)
+        failed = {i: text for i, (code, text) in enumerate(said) if code == _FAILED}
+        if failed:
+            where = "; ".join(f"process {i}: {text}" for i, text in failed.items())
+            raise _OtherProcessError(
+                f"expected all {self.count} processes to go on, got an error in another one "
+                f"({where}); mend that one"
+            )
+        if len({code for code, _ in said}) > 1:
+            where = "; ".join(f"process {i}: {text}" for i, (_, text) in enumerate(said))
+            raise _OtherProcessError(
+                f"expected all {self.count} processes to do the same, got different courses "
+                f"({where}); let batches, penalties and settings not depend on the process"
+            )
+
+    def _say(self, code: float, text: str) -> list[tuple[float, str]]:
+        """What every process says; the texts only where not all codes are the same."""
+        if self.count == 1:
+            return [(code, "")]
+        codes = torch.zeros(self.count, dtype=torch.float64, device=self.device)
+        codes[self.index] = code
+        torch.distributed.all_reduce(codes)
+        said = codes.tolist()
+        if len(set(said)) == 1 and _FAILED not in said:
+            return [(each, "") for each in said]
+        letters = torch.zeros(self.count, _TEXT, dtype=torch.int32, device=self.device)
+        own = list(text.encode()[:_TEXT])
+        letters[self.index, : len(own)] = torch.tensor(own, dtype=torch.int32, device=self.device)
+        torch.distributed.all_reduce(letters)
+        texts = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in letters.tolist()]
+        return list(zip(said, texts, strict=True))
 
 
 def current_processes() -> Processes:
