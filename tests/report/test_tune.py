@@ -135,3 +135,21 @@ def test_the_page_needs_nothing_else(seeds: tuple[int, ...], tmp_path: Path) -> 
     assert "A &amp; B" in page
     assert page.count("<svg") == 7
     assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_wide_table_names_its_columns_in_every_cell_and_a_long_title_breaks(
+    tmp_path: Path,
+) -> None:
+    """So that a narrow page can show its rows one below the other."""
+    page = tune_page(tmp_path / "page.html", result(), title="A").read_text()
+    assert page.count('class="stacks"') == 1
+    assert page.count('<td data-column="against the probe, points" class="number">') == 3
+    style = page[page.index("h1 {") :]
+    assert "overflow-wrap: anywhere" in style[: style.index("}")]
+
+
+def test_no_difference_anywhere_is_drawn_with_its_interval() -> None:
+    told = result().arms[1].difference
+    assert told is not None
+    assert (told.wins, told.losses, told.points) == (0, 0, 0.0)
+    assert told.low < 0 < told.high

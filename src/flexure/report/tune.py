@@ -95,9 +95,9 @@ def _table_section(found: TuneResult) -> Section:
     intervals = (
         "No test data was given."
         if tested is None
-        else f"In brackets: 95 % intervals over {tested.covers}; the difference is paired by seed "
-        "and sample; won and lost count the samples that the arm, or the probe, gets right more "
-        "often."
+        else f"In brackets: 95 % intervals over {tested.covers}; they are adjusted to hold near "
+        "0 and 100 % and where few samples differ. The difference is paired by seed and sample; "
+        "won and lost count the samples that the arm, or the probe, gets right more often."
     )
     columns = (
         "arm", "trained numbers + head", "setting", "test accuracy, %",
@@ -147,7 +147,8 @@ def _difference_section(found: TuneResult) -> Section:
     return Section(
         "Against the probe",
         pictures=(estimates(rows, axis="test accuracy minus the probe's (points)"),),
-        caption=f"Mean difference and its 95 % interval over {covers} (two-way random effects). "
+        caption=f"Mean difference and its 95 % interval over {covers} (two-way random effects, "
+        "with one sample won and one lost by every seed added). "
         "The dashed line is the probe.",
     )
 
