@@ -170,6 +170,10 @@ class Step(Protocol):
 
         Its gradient is this process's part: averaged over processes as the loop does, it is the
         gradient of any function of the global mean.
+
+        Accumulated batches are not taken together: the mean is that of this step's batch. A
+        penalty that is not linear in it (its root, say) is then the mean of the batches' penalties
+        and not the penalty of all their samples; larger batches are the remedy.
         """
         ...
 

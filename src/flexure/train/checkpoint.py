@@ -22,6 +22,7 @@ from flexure.train.state_file import check_tree, load_state, save_state
 
 __all__ = [
     "Checkpoint",
+    "check_optimizer_tree",
     "load_optimizer_tree",
     "load_state",
     "optimizer_tree",
@@ -129,6 +130,30 @@ def optimizer_tree(optimizer: Optimizer) -> dict[str, Any]:
     return tree
 
 
+def check_optimizer_tree(optimizer: Optimizer, tree: Mapping[str, Any]) -> None:
+    """Checks that `tree` is what `optimizer_tree` returned of an optimiser like this one.
+
+    Raises:
+        FlexureError: it is of another one.
+    """
+    shapes = [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups]
+    here = (type(optimizer).__name__, shapes)
+    try:
+        there = (tree["optimizer"], [group["params"] for group in tree["groups"]])
+        entries = [(entry["of"], entry["values"], entry["apart"]) for entry in tree["state"]]
+    except (KeyError, TypeError) as error:
+        raise FlexureError(
+            f"expected the tree of an optimiser as optimizer_tree returns it, got something else "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if here != there or not all(isinstance(values, Mapping) for _, values, _ in entries):
+        raise FlexureError(
+            f"expected the state of {here[0]} on parameters of shapes {here[1]} by group, got that "
+            f"of {there[0]} on {there[1]}; train with the settings of the checkpoint, or choose "
+            f"another folder"
+        )
+
+
 def load_optimizer_tree(optimizer: Optimizer, tree: Mapping[str, Any]) -> None:
     """Puts back what `optimizer_tree` returned: the next step is the same, bit by bit.
 
@@ -139,7 +164,7 @@ def load_optimizer_tree(optimizer: Optimizer, tree: Mapping[str, Any]) -> None:
     Raises:
         FlexureError: the optimiser is another one; it is then unchanged.
     """
-    _check_same(optimizer, tree)
+    check_optimizer_tree(optimizer, tree)
     parameters, counts = _parameters(optimizer), iter(range(len(_parameters(optimizer))))
     groups = optimizer.param_groups
     stored = [
@@ -212,23 +237,3 @@ def _placed(value: Any, device: torch.device | None) -> Any:
 def _beside(value: Any, own: Any) -> Any:
     """A setting; a tensor goes where the optimiser's own is."""
     return value.to(own.device) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
-
-
-def _check_same(optimizer: Optimizer, tree: Mapping[str, Any]) -> None:
-    """Checks that `tree` is of an optimiser like this one."""
-    shapes = [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups]
-    here = (type(optimizer).__name__, shapes)
-    try:
-        there = (tree["optimizer"], [group["params"] for group in tree["groups"]])
-        entries = [(entry["of"], entry["values"], entry["apart"]) for entry in tree["state"]]
-    except (KeyError, TypeError) as error:
-        raise FlexureError(
-            f"expected the tree of an optimiser as optimizer_tree returns it, got something else "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    if here != there or not all(isinstance(values, Mapping) for _, values, _ in entries):
-        raise FlexureError(
-            f"expected the state of {here[0]} on parameters of shapes {here[1]} by group, got that "
-            f"of {there[0]} on {there[1]}; train with the settings of the checkpoint, or choose "
-            f"another folder"
-        )

@@ -5,18 +5,16 @@ What a batch looks like is not known here, apart from its bytes.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from flexure.calling import map_tensors
 from flexure.contracts import Batches, DataError
 from flexure.data.batches import PreparedBatches
 from flexure.train.checkpoint import rng_state, set_rng_state
+from flexure.train.identity import digest
 from flexure.train.processes import Processes
 
 __all__ = ["Feed"]
@@ -33,6 +31,7 @@ class Feed:
         self._processes = processes
         self._resumable = resumable
         self._start: dict[str, Any] | None = None
+        self._first: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         """Batches in an epoch; 0 where nobody knows."""
@@ -40,6 +39,29 @@ class Feed:
             return len(self._batches)  # type: ignore[arg-type]
         except TypeError:
             return 0
+
+    @property
+    def generators(self) -> int:
+        """How many generators of its own decide the order of the batches."""
+        return len(_generators(self._batches))
+
+    def check(self, position: dict[str, Any]) -> None:
+        """Checks, by drawing it again, that the first batch of a saved epoch is still the same.
+
+        Args:
+            position: what `tree` returned: of the epoch that ran, or else of the one before.
+
+        Raises:
+            DataError: it is another one.
+        """
+        self._first = first = position["first"]
+        if first is None:
+            return
+        now = self._state()
+        self._restore(first["start"])
+        _announce(self._batches, first["epoch"])
+        self._check_first(list(islice(self._batches, 1)))
+        self._restore(now)
 
     def groups(self, epoch: int, *, resumed: dict[str, Any] | None) -> Iterator[list[Any]]:
         """The batches of an epoch, `at_once` in each list, and what remains in the last.
@@ -58,7 +80,9 @@ class Feed:
         _announce(self._batches, epoch)
         batches = iter(self._batches)
         done = 0 if resumed is None else resumed["done"]
-        if sum(1 for _ in islice(batches, done)) < done:
+        if done:
+            self._check_first(list(islice(batches, 1)))
+        if sum(1 for _ in islice(batches, done - 1 if done else 0)) < done - 1:
             raise DataError(
                 f"expected at least the {done} batches that epoch {epoch} of the checkpoint has "
                 f"done, got fewer; train on the same data, or choose another folder"
@@ -66,9 +90,13 @@ class Feed:
         if resumed is not None and done:
             set_rng_state(resumed["now"])
         first = True
-        while group := list(islice(batches, self._at_once)):
-            if first:
-                self._check_same(group)
+        while True:
+            group = list(islice(batches, self._at_once))
+            self._check_same(group, first)
+            if not group:
+                break
+            if first and not done and self._resumable:
+                self._first = {"epoch": epoch, "start": self._start, "digest": digest(group[:1])}
             first = False
             yield group
         if first and not done:
@@ -76,7 +104,8 @@ class Feed:
 
     def tree(self, done: int) -> dict[str, Any]:
         """Where an epoch is after `done` batches, for a file; call it before the next is drawn."""
-        return {"start": self._start if done else self._state(), "done": done, "now": rng_state()}
+        start = self._start if done else self._state()
+        return {"start": start, "done": done, "now": rng_state(), "first": self._first}
 
     def _state(self) -> dict[str, Any]:
         """Of all generators that decide the order of the batches."""
@@ -87,13 +116,31 @@ class Feed:
         for generator, own in zip(_generators(self._batches), state["own"], strict=True):
             generator.set_state(own)
 
-    def _check_same(self, group: list[Any]) -> None:
+    def _check_first(self, drawn: list[Any]) -> None:
+        first = self._first
+        if first is not None and digest(drawn) != first["digest"]:
+            raise DataError(
+                f"expected the data of the checkpoint, got another first batch in epoch "
+                f"{first['epoch']}; train on the same data in the same order (batches that shuffle "
+                f"must restart with the generators of torch, Python or numpy, a `generator` of "
+                f"their own or `set_epoch`), or choose another folder"
+            )
+
+    def _check_same(self, group: list[Any], first: bool) -> None:
         processes = self._processes
         if processes.count == 1:
             return
-        own = [0.0] * processes.count
-        own[processes.index] = float(_checksum(group))
-        if len(set(processes.sums(own))) > 1:
+        own = [0.0] * (2 * processes.count)
+        own[2 * processes.index] = float(len(group))
+        own[2 * processes.index + 1] = float(digest(group) if first else 0)
+        found = processes.sums(own)
+        if len(set(found[::2])) > 1:
+            raise DataError(
+                f"expected as many batches on each of the {processes.count} processes, got "
+                f"{', '.join(f'{n:.0f} on process {i}' for i, n in enumerate(found[::2]))} in the "
+                f"same update; give each process the whole batches"
+            )
+        if len(set(found[1::2])) > 1:
             raise DataError(
                 f"expected the same batches on all {processes.count} processes, got different "
                 f"ones; give each the whole batches in the same order (no DistributedSampler): "
@@ -124,16 +171,3 @@ def _generators(batches: Batches) -> list[torch.Generator]:
     found = [getattr(part, "generator", None) for part in _parts(batches)]
     own = {id(g): g for g in found if isinstance(g, torch.Generator)}
     return list(own.values())
-
-
-def _checksum(group: list[Any]) -> int:
-    value = 0
-
-    def add(leaf: Tensor) -> Tensor:
-        nonlocal value
-        flat = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        value = zlib.crc32(flat.numpy().data, value)
-        return leaf
-
-    map_tensors(group, add)
-    return value

@@ -7,35 +7,47 @@ too. How one update is made is in `update`, what is saved in `resume`. Changing 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from flexure.calling import as_batches, evaluating, logits_of
+from flexure.calling import as_batches, evaluating
 from flexure.contracts import (
     Batches,
-    DataError,
     FlexureError,
     Penalty,
     Perturbation,
     UpdateRule,
 )
 from flexure.progress import Progress, ProgressReporter
+from flexure.train.arguments import (
+    check_optimizer,
+    check_settings,
+    compute_in,
+    cross_entropy,
+    default_optimizer,
+    device_of,
+    named,
+    place_of,
+)
 from flexure.train.checkpoint import Checkpoint
 from flexure.train.feed import Feed
 from flexure.train.history import History, Record
 from flexure.train.processes import current_processes
 from flexure.train.randomness import reproducible, update_randomness
 from flexure.train.resume import Saver, Weights, settings_of
-from flexure.train.step import Run, TrainingStep, part, samples_in, shares
+from flexure.train.step import Run, TrainingStep, shares
 from flexure.train.update import Loss, Objective, Updater
+from flexure.train.validation import validate
 from flexure.units.trainable import learned_saturation
 
 __all__ = ["History", "Loss", "Schedule", "fit"]
@@ -45,8 +57,6 @@ Schedule = Callable[[int], float]
 
 _MUCH_SATURATED = 0.05
 """The share that noise alone must not reach (SPEC.md, Trainable CT)."""
-
-_PRECISIONS = {None: None, "bf16": torch.bfloat16}
 
 
 def fit(
@@ -80,15 +90,20 @@ def fit(
     process 0's weights, iterates the same batches, and takes its contiguous share of their rows
     (of every tensor in them that has as many rows as there are samples; other entries are passed
     whole). The result is that of one process with the same batches, up to rounding and except for
-    what a layer draws (dropout) or measures (BatchNorm) within a share.
+    what a layer draws (dropout) or measures (BatchNorm) within a share. An error in one process
+    ends all of them.
 
     Args:
         model: trained in train mode, where it is; its modes are restored. Not wrapped for
             distributed training: the loop averages gradients itself.
-        batches: `(x, y)` pairs, iterated once an epoch; moved to the model's device.
+        batches: `(x, y)` pairs, iterated once an epoch; moved to the model's device. With a
+            checkpoint, an iterable that draws from a generator that is not in its `generator` or
+            its samplers' must start anew in the same way in each epoch.
         epochs: passes over `batches`, at least 1.
         seed: see above.
-        val: labelled batches; accuracy on them is measured after every epoch.
+        val: batches on which the loss, without penalties, is measured after every epoch, and the
+            accuracy where their `y` are `(B,)` integers, the labels of `(B, classes)` logits. With
+            the default loss they must be; with a loss of one's own other targets have no accuracy.
         loss: the mean loss over a batch; default: cross-entropy of the logits, `y` a `(B,)` int64
             tensor.
         penalties: penalty -> its weight.
@@ -100,11 +115,15 @@ def fit(
         checkpoint: a folder of this run alone: its state is saved there at the end of each epoch
             (and more often with a `Checkpoint`), and a call with the same arguments goes on from
             there, bit by bit as if it had not been interrupted. What plugs in (loss, penalties,
-            schedule, ...) must keep no state of its own.
+            schedule, ...) must keep no state of its own. It is compared by `identity.describe`,
+            data by the number of batches and by an epoch's first batch, which is drawn again.
         keep: `"best"`: with `val`, the model ends as it was after the epoch with the highest
-            accuracy, the first of several; `"last"`: as it was after the last.
+            accuracy, or with the lowest loss where there is no accuracy, the first of several;
+            `"last"`: as it was after the last.
         accumulate: batches that make one update, as if they were one; what is left over at the end
-            of an epoch makes an update of its own.
+            of an epoch makes an update of its own. The objective is then the mean of the batches'
+            objectives: for a penalty that is not linear in `step.global_mean` (its root, say),
+            that is not the penalty of all their samples; use larger batches there.
         clip: largest norm of the gradient of all trained parameters together; default: any.
         precision: `"bf16"`: `step.output` and accuracy are computed under bfloat16 autocast, the
             loss in float32; a penalty's or perturbation's own calls of the model are not.
@@ -113,43 +132,61 @@ def fit(
     Raises:
         FlexureError: arguments that do not fit; nothing to train; a loss or a gradient that is not
             finite (the message names the step and the largest gradient, the weights stay those of
-            the last good step); in several processes, a trained parameter without a gradient; a
-            checkpoint of another run.
-        DataError: `batches` or `val` is empty; a batch has fewer samples than there are processes.
+            the last good step); in several processes, a trained parameter without a gradient, or
+            an error in another one (the message names it); a checkpoint of another run.
+        DataError: `batches` or `val` is empty, or not of pairs; a batch has fewer samples than
+            there are processes; `val` has labels that are not of the model's classes.
     """
-    weighted = _named(penalties or {})
-    autocast = _check(model, epochs, keep, accumulate, clip, precision)
+    check_settings(
+        epochs=epochs, seed=seed, keep=keep, accumulate=accumulate, clip=clip, schedule=schedule
+    )
+    weighted, place = named(penalties or {}), place_of(checkpoint)
+    autocast = compute_in(model, precision)
     processes = current_processes()
-    optimizer = optimizer or _default_optimizer(model)
-    run = Run(model, epochs, seed, processes, _device_of(model), autocast)
-    objective = Objective(loss or _cross_entropy, weighted)
-    updater = Updater(run, objective, optimizer, rule=update, clip=clip)
-    weights, record = Weights(model, updater.trained), Record(tuple(weighted))
-    settings = settings_of(
-        updater.trained,
-        optimizer,
-        seed=seed,
-        epochs=epochs,
-        penalties={name: weight for name, (_, weight) in weighted.items()},
-        accumulate=accumulate,
-        clip=clip,
-        precision=precision,
-        keep=keep,
-        val=val is not None,
-        processes=processes.count,
-    )
-    place = Checkpoint(checkpoint) if isinstance(checkpoint, str | os.PathLike) else checkpoint
-    saver = Saver(place, weights, optimizer, record, settings, processes)
-    feed = Feed(
-        as_batches(batches),
-        at_once=accumulate,
-        processes=processes,
-        resumable=checkpoint is not None,
-    )
-    rates = _Rates(optimizer, schedule)
-    loop = _Loop(run, feed, updater, perturb, rates, weights, record, saver, keep)
-    with closing(ProgressReporter(progress if processes.is_first else None)) as reporter:
-        return loop(None if val is None else as_batches(val), reporter)
+    with processes.together():
+        run = Run(model, epochs, seed, processes, device_of(model), autocast)
+        optimizer = optimizer if optimizer is not None else default_optimizer(model)
+        check_optimizer(optimizer, update)
+        objective = Objective(loss or cross_entropy, weighted)
+        updater = Updater(run, objective, optimizer, rule=update, clip=clip)
+        weights, record = Weights(model, updater.trained), Record(tuple(weighted))
+        feed = Feed(
+            as_batches(batches),
+            at_once=accumulate,
+            processes=processes,
+            resumable=place is not None,
+        )
+
+        settings = partial(
+            settings_of,
+            weights,
+            optimizer,
+            processes,
+            schedule=schedule,
+            updates=epochs * -(-len(feed) // accumulate),
+            plugs={
+                "loss": objective.loss,
+                "penalties": weighted,
+                "perturb": perturb,
+                "update": update,
+            },
+            seed=seed,
+            epochs=epochs,
+            accumulate=accumulate,
+            clip=clip,
+            precision=precision,
+            keep=keep,
+            val=val is not None,
+            processes=processes.count,
+            batches=len(feed),
+            generators=feed.generators,
+        )
+        saver = Saver(place, weights, optimizer, record, settings, processes)
+        by_labels = partial(validate, run, objective.loss, labelled=loss is None)
+        rates = _Rates(optimizer, schedule)
+        loop = _Loop(run, feed, updater, perturb, rates, weights, record, saver, by_labels, keep)
+        with closing(ProgressReporter(progress if processes.is_first else None)) as reporter:
+            return loop(None if val is None else as_batches(val), reporter)
 
 
 @dataclass(frozen=True)
@@ -164,13 +201,14 @@ class _Loop:
     weights: Weights
     record: Record
     saver: Saver
+    validate: Callable[[Batches], tuple[float, float | None]]
     keep: str
 
     def __call__(self, val: Batches | None, reporter: ProgressReporter) -> History:
         run, record = self.run, self.record
         with reproducible(run.seed), _training(run.model), self.rates:
             started = time.perf_counter()
-            position = self.saver.load()
+            position = self.saver.load(self.feed.check)
             started -= record.seconds
             _gather(run)
             if position is None:
@@ -179,10 +217,12 @@ class _Loop:
                 self._epoch(position, started, reporter)
                 self._end_epoch(val, started)
                 position = None
-        if self.keep == "best" and record.best is not None:
+        kept = -1
+        if self.keep == "best" and record.best is not None and record.best_epoch is not None:
             self.weights.load(record.best)
-        if run.processes.is_first:
-            _warn_of_saturation(record)
+            kept = record.best_epoch
+        if run.processes.is_first and record.saturated:
+            _warn_of_saturation(record.saturated[kept])
         return record.history()
 
     def _epoch(
@@ -212,11 +252,9 @@ class _Loop:
         if (saturated := learned_saturation(self.run.model)) is not None:
             record.saturated.append(saturated)
         if val is not None:
-            record.val_accuracy.append(_accuracy(self.run, val))
-            best = record.best_epoch
-            if best is None or record.val_accuracy[-1] > record.val_accuracy[best]:
-                record.best_epoch = record.epoch
-                record.best = self.weights.copy() if self.keep == "best" else None
+            is_best = record.validated(*self.validate(val))
+            if is_best and self.keep == "best":
+                record.best = self.weights.copy()
         record.epoch, record.batches = record.epoch + 1, 0
         self._save(0, started)
 
@@ -254,77 +292,17 @@ class _Rates:
         """Sets the rates of an update."""
         if self._schedule is not None:
             factor = self._schedule(index)
+            if not math.isfinite(factor):
+                raise FlexureError(
+                    f"expected a finite factor of the schedule, got {factor} at step {index}; "
+                    f"mend the schedule"
+                )
             for group, own in zip(self._groups, self._own, strict=True):
                 group["lr"] = own * factor
 
     def now(self) -> list[float]:
         """One number a group."""
         return [float(group["lr"]) for group in self._groups]
-
-
-def _named(penalties: Mapping[Penalty, float]) -> dict[str, tuple[Penalty, float]]:
-    """Each penalty by its name: its class's or function's; equal ones are numbered."""
-    named: dict[str, tuple[Penalty, float]] = {}
-    for penalty, weight in penalties.items():
-        name = base = str(getattr(penalty, "__name__", type(penalty).__name__))
-        count = 1
-        while name in named:
-            count += 1
-            name = f"{base} {count}"
-        named[name] = (penalty, float(weight))
-    return named
-
-
-def _check(
-    model: nn.Module,
-    epochs: int,
-    keep: str,
-    accumulate: int,
-    clip: float | None,
-    precision: str | None,
-) -> tuple[str, torch.dtype] | None:
-    """Refuses what does not fit; returns what to compute in besides float32."""
-    if epochs < 1:
-        raise FlexureError(f"expected epochs of at least 1, got {epochs}")
-    if keep not in ("best", "last"):
-        raise FlexureError(f"expected keep to be 'best' or 'last', got {keep!r}; choose one")
-    if type(accumulate) is not int or accumulate < 1:
-        raise FlexureError(f"expected accumulate of at least 1 batch, got {accumulate!r}")
-    if clip is not None and not clip > 0:
-        raise FlexureError(f"expected clip above 0, got {clip}; None does not clip")
-    if precision not in _PRECISIONS:
-        raise FlexureError(
-            f"expected precision None or 'bf16', got {precision!r}; bfloat16 needs no scaling of "
-            f"the loss, which float16 does"
-        )
-    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
-        raise FlexureError(
-            "expected the network itself, got one wrapped in DistributedDataParallel; pass the "
-            "network before wrapping: fit averages the gradients of all processes itself"
-        )
-    dtype = _PRECISIONS[precision]
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    return None if dtype is None else (device, dtype)
-
-
-def _device_of(model: nn.Module) -> torch.device | None:
-    """The device of all parameters; None where there are several."""
-    devices = {parameter.device for parameter in model.parameters()}
-    return devices.pop() if len(devices) == 1 else None
-
-
-def _default_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise FlexureError(
-            "expected a model with trainable parameters, got none with requires_grad; "
-            "unfreeze what shall be trained"
-        )
-    return torch.optim.Adam(parameters, lr=1e-3)
-
-
-def _cross_entropy(output: Any, y: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits_of(output), y)
 
 
 def _gather(run: Run) -> None:
@@ -344,11 +322,11 @@ def _gather(run: Run) -> None:
         )
 
 
-def _warn_of_saturation(record: Record) -> None:
-    if record.saturated and record.saturated[-1] > _MUCH_SATURATED:
+def _warn_of_saturation(saturated: float) -> None:
+    if saturated > _MUCH_SATURATED:
         warnings.warn(
-            f"expected at most {_MUCH_SATURATED:.0%} of the learned beta and c to be saturated "
-            f"(below 0.01 or above 0.99), got {record.saturated[-1]:.1%}: they may follow noise; "
+            f"expected at most {_MUCH_SATURATED:.0%} of the kept beta and c to be saturated "
+            f"(below 0.01 or above 0.99), got {saturated:.1%}: they may follow noise; "
             f"lower their learning rate, or compare with another start",
             stacklevel=4,
         )
@@ -356,23 +334,6 @@ def _warn_of_saturation(record: Record) -> None:
 
 def _perturbed(perturb: Perturbation, step: TrainingStep) -> TrainingStep:
     return replace(step, x=perturb(step))
-
-
-def _accuracy(run: Run, batches: Batches) -> float:
-    right = total = 0.0
-    with evaluating(run.model), torch.no_grad():
-        for x, y in batches:
-            samples = samples_in(x, y)
-            rows = run.processes.part(samples)
-            if rows.start == rows.stop:
-                continue
-            x, y = part((x, y), rows, samples, run)
-            right += int((logits_of(run.call(x)).argmax(-1) == y).sum())
-            total += y.numel()
-    right, total = run.processes.sums([right, total])
-    if total == 0:
-        raise DataError("expected labelled samples in val, got none")
-    return right / total
 
 
 @contextmanager

@@ -66,9 +66,14 @@ def save_state(folder: str | os.PathLike[str], tree: Any) -> None:
         os.replace(own, where / STATE)
         _sync_folder(where)
     except (OSError, SafetensorError) as error:
+        remedy = "choose a folder that can be written and that no other run uses"
+        if isinstance(error, FileNotFoundError) and where.is_dir():
+            remedy = (
+                "most likely another training that runs now uses this folder and has removed what "
+                "this one was writing; end one of them, or give each a folder of its own"
+            )
         raise FlexureError(
-            f"could not save the training state in {where}: {error}; choose a folder that can be "
-            f"written and that no other run uses"
+            f"could not save the training state in {where}: {error}; {remedy}"
         ) from error
     finally:
         with suppress(OSError):

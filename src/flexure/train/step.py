@@ -5,7 +5,8 @@ Which steps are taken, and what is done with their gradients, is `flexure.train.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +17,7 @@ from flexure.calling import call_model, map_tensors, rows_of, take
 from flexure.contracts import DataError
 from flexure.train.processes import Processes
 
-__all__ = ["Run", "TrainingStep", "part", "samples_in", "shares"]
+__all__ = ["Run", "TrainingStep", "pair", "part", "samples_in", "shares"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,21 @@ class TrainingStep:
         return mean + (total - mean.detach())
 
 
+def pair(batch: Any) -> tuple[Any, Any]:
+    """The `x` and `y` of a batch.
+
+    Raises:
+        DataError: it is no pair.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        length = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise DataError(
+            f"expected batches to be pairs (x, y), got a {type(batch).__name__}{length}; wrap the "
+            f"batches in a generator of pairs, several inputs as a tuple or a dict in x"
+        )
+    return batch[0], batch[1]
+
+
 def samples_in(x: Any, y: Any) -> int:
     """The number of samples in a batch: the rows of the first tensor in `y`, else in `x`.
 
@@ -115,17 +131,16 @@ def samples_in(x: Any, y: Any) -> int:
     return found[0]
 
 
-def shares(
-    batches: list[tuple[Any, Any]], run: Run, *, index: int, epoch: int
-) -> list[TrainingStep]:
+def shares(batches: list[Any], run: Run, *, index: int, epoch: int) -> list[TrainingStep]:
     """This process's share of each of the batches that make one update.
 
     Raises:
-        DataError: a batch has fewer samples than there are processes.
+        DataError: a batch is no pair, or has fewer samples than there are processes.
     """
     steps: list[TrainingStep] = []
     start = 0
-    for x, y in batches:
+    for batch in batches:
+        x, y = pair(batch)
         samples = samples_in(x, y)
         rows = run.processes.share(samples)
         x, y = part((x, y), rows, samples, run)
@@ -158,4 +173,11 @@ def _widened(output: Any) -> Any:
         return output
     if isinstance(output, tuple | list):
         return map_tensors(output, _widened)
+    if hasattr(output, "logits"):
+        # Not to the object itself, which may be frozen or the model's own.
+        wide = copy(output)
+        slots = [entry.name for entry in fields(output)] if is_dataclass(output) else []
+        for name in getattr(output, "__dict__", slots):
+            object.__setattr__(wide, name, _widened(getattr(output, name)))
+        return wide
     return output

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from flexure.contracts import DataError, FlexureError, Penalty, UpdateRule
 from flexure.train.step import Run, TrainingStep
 
-__all__ = ["Loss", "Objective", "Updater", "plain", "trained_parameters"]
+__all__ = ["Loss", "Objective", "Updater", "plain", "scalar", "trained_parameters"]
 
 Loss = Callable[[Any, Any], Tensor]
 """`(model output, y) -> scalar`, the mean over the samples."""
@@ -50,9 +50,9 @@ class Objective:
         Raises:
             FlexureError: one is not a scalar tensor.
         """
-        found = [_scalar("the loss", self.loss(step.output, step.y))]
+        found = [scalar("the loss", self.loss(step.output, step.y))]
         for name, (penalty, _) in self.penalties.items():
-            found.append(_scalar(f"the penalty {name}", penalty(step)))
+            found.append(scalar(f"the penalty {name}", penalty(step)))
         return found
 
     def total(self, parts: Sequence[Any]) -> Any:
@@ -82,6 +82,18 @@ def trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.P
             "unfreeze what shall be trained"
         )
     return found
+
+
+def scalar(name: str, value: Any) -> Tensor:
+    """`value`, called `name`, as a tensor without dimensions.
+
+    Raises:
+        FlexureError: it is no tensor of one element.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.reshape(())
+    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise FlexureError(f"expected {name} to be a scalar tensor, got {got}; return its mean")
 
 
 class Updater:
@@ -231,18 +243,13 @@ class Updater:
                 f"{where}; {remedy}"
             )
         before = "there was no step before"
+        if step.index > 0:  # earlier steps were another process's
+            before = "it is the first step since the training was resumed"
         if self._last_norms is not None:
             worst = int(self._last_norms.argmax())
             norm = float(self._last_norms[worst])
             before = f"the largest gradient of the step before was {norm:.3g}, of {names[worst]}"
         return f"expected a finite loss, got {objective} {where}; {before}; {remedy}"
-
-
-def _scalar(name: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.reshape(())
-    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise FlexureError(f"expected {name} to be a scalar tensor, got {got}; return its mean")
 
 
 def _differentiate(value: Tensor) -> None:
