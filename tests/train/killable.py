@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import flexure
+from flexure.contracts import Step
 from flexure.train import Checkpoint, cosine, fit
 from flexure.train.checkpoint import save_state
 
@@ -55,9 +56,10 @@ def train(folder: str, epochs: int, what: str) -> None:
     loader = torch.utils.data.DataLoader(data(40, 1), batch_size=6, shuffle=True)
     rate = cosine(4 * epochs, warmup=3)
 
-    def schedule(update: int) -> float:
-        os.write(sys.stdout.fileno(), b".")
-        return rate(update)
+    def tell(step: Step) -> torch.Tensor:
+        if step.positions[0] == 0:  # the first of the batches of an update
+            os.write(sys.stdout.fileno(), b".")
+        return step.x
 
     history = fit(
         model,
@@ -66,7 +68,8 @@ def train(folder: str, epochs: int, what: str) -> None:
         seed=3,
         val=list(torch.utils.data.DataLoader(data(30, 2), batch_size=15)),
         optimizer=torch.optim.Adam(groups, lr=1e-2),
-        schedule=schedule,
+        perturb=tell,
+        schedule=rate,
         accumulate=2,
         keep="best",
         checkpoint=Checkpoint(folder, every=1),

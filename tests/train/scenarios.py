@@ -153,6 +153,43 @@ def not_finite(rank: int) -> str:
     return refused(lambda: fit(network(), [(x, y)], epochs=1, seed=0))
 
 
+def one_sided(rank: int) -> dict[str, str]:
+    """What each process says where only the second one fails, or has fewer batches."""
+
+    def penalty(step: Step) -> Tensor:
+        if rank == 1 and step.index == 2:
+            raise ValueError("boom\nand more")
+        return root_of_mean(step)
+
+    def detached(output: Tensor, y: Tensor) -> Tensor:
+        loss = nn.functional.cross_entropy(output, y)
+        return loss.detach() if rank == 1 else loss
+
+    def alone(step: Step) -> Tensor:
+        return root_of_mean(step) if rank == 0 else step.output.sum() * 0
+
+    def report(*_: object) -> None:
+        raise ValueError("a full disk")
+
+    x, y = data(40)
+    pieces = list(zip(x.split(10), y.split(10), strict=True))
+    val = [(x, y + (9 if rank else 0))]
+    given = {
+        "penalty": {"penalties": {penalty: 1.0}},
+        "graph": {"loss": detached},
+        "exchange": {"penalties": {alone: 1.0}},
+        "labels": {"val": val},
+        "progress": {"progress": report},
+    }
+    said = {
+        name: refused(lambda s=settings: fit(network(), pieces, epochs=2, seed=0, **s))
+        for name, settings in given.items()
+    }
+    fewer = pieces[:3] if rank else pieces
+    said["fewer"] = refused(lambda: fit(network(), fewer, epochs=1, seed=0))
+    return said
+
+
 def with_norm_and_dropout(rank: int) -> dict:
     """Weights and statistics agree although each process measures and draws its own."""
     model = network(norm=True, dropout=0.3)
@@ -206,6 +243,7 @@ def work(folder: Path, rank: int) -> None:
     found["without gradient"] = without_gradient(rank)
     found["sharded twice"] = sharded_twice(rank)
     found["not finite"] = not_finite(rank)
+    found["one-sided"] = one_sided(rank)
     found["norm"] = with_norm_and_dropout(rank)
     found["interrupted"] = interrupted(folder)
     torch.save(found, folder / f"found-{rank}.pt")

@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from flexure.contracts import DataError, FlexureError, Step
 from flexure.data import batches as prepare
 from flexure.train import fit
+from flexure.train.history import Record
 from tests.train.scenarios import (
     gradient_norm,
     noise_of_positions,
@@ -138,6 +140,70 @@ def test_regression_with_a_loss_of_ones_own():
     assert model.bias.item() == pytest.approx(-1, abs=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(64, 1), (64,)])
+def test_regression_is_validated_by_the_loss(shape: tuple[int, ...]):
+    x = torch.linspace(-1, 1, 64)[:, None]
+    y = (3 * x - 1).reshape(shape)
+
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        return (output.reshape(y.shape) - y).square().mean()
+
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    history = fit(
+        model,
+        [(x, y)],
+        epochs=6,
+        seed=0,
+        loss=loss,
+        val=[(x[:40], y[:40]), (x[40:], y[40:])],
+        optimizer=optimizer,
+        # It learns for four epochs, and then unlearns.
+        schedule=lambda step: 0.3 if step < 4 else -0.5,
+    )
+    assert history.val_accuracy == ()
+    assert history.best_epoch == 3
+    assert min(history.val_loss) == history.val_loss[3]
+    with torch.no_grad():
+        assert history.val_loss[3] == pytest.approx(float(loss(model(x), y)))
+
+
+def test_the_loss_on_val_is_recorded_beside_accuracy():
+    x, y = blobs(50)
+    model = network(dropout=0.5)
+    val = [(x[:40], y[:40]), (x[40:], y[40:])]
+    history = fit(
+        model, batches(), epochs=2, seed=0, val=val, keep="last", penalties={root_of_mean: 1.0}
+    )
+    loss = nn.functional.cross_entropy(model.eval()(x), y).item()
+    assert history.val_loss[1] == pytest.approx(loss)
+    assert len(history.val_accuracy) == 2
+
+
+def test_a_loss_on_val_that_is_not_finite_is_never_the_best():
+    record = Record(())
+    assert [record.validated(loss, None) for loss in (float("nan"), 2.0, 1.0, float("nan"))] == [
+        True, True, True, False
+    ]  # fmt: skip
+    assert record.best_epoch == 2
+
+
+def test_an_optimizer_that_needs_a_closure_needs_a_rule():
+    model = network()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
+    with pytest.raises(FlexureError, match="LBFGS, whose step needs a closure; pass update="):
+        fit(model, batches(), epochs=1, seed=0, optimizer=optimizer)
+    history = fit(
+        model,
+        [blobs()],
+        epochs=3,
+        seed=0,
+        optimizer=optimizer,
+        update=lambda backward, optimizer: optimizer.step(backward),
+    )
+    assert history.losses[-1] < history.losses[0] / 2
+
+
 def test_a_generator_of_batches_serves_every_epoch():
     history = fit(network(), iter(batches()), epochs=2, seed=0)
     assert len(history.losses) == 6
@@ -162,6 +228,24 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_last_good_weight
         ({"accumulate": 0}, FlexureError, "accumulate of at least 1"),
         ({"clip": 0.0}, FlexureError, "clip above 0"),
         ({"precision": "fp16"}, FlexureError, "precision None or 'bf16'"),
+        ({"epochs": 1.5}, FlexureError, "epochs of at least 1, an integer, got 1.5"),
+        ({"seed": None}, FlexureError, "seed to be an integer of 64 bits, got None"),
+        ({"checkpoint": 3}, FlexureError, "checkpoint to be a folder or a Checkpoint, got 3"),
+        ({"schedule": "cosine"}, FlexureError, "no scheduler of torch"),
+        ({"schedule": lambda step: float("nan")}, FlexureError, "finite factor .* nan at step 0"),
+        ({"optimizer": "adam"}, FlexureError, "an optimiser of torch.optim, got 'adam'"),
+        (
+            {"penalties": {root_of_mean: float("inf")}},
+            FlexureError,
+            "penalty root_of_mean, got inf",
+        ),
+        ({"batches": [torch.ones(2, 2)]}, DataError, "pairs .x, y., got a Tensor"),
+        ({"batches": [{"x": 1, "y": 2}]}, DataError, "pairs .x, y., got a dict"),
+        ({"val": [(torch.ones(2, 2),)]}, DataError, "pairs .x, y., got a tuple of 1"),
+        ({"val": [(torch.ones(2, 2), torch.tensor([0, 2]))]}, DataError, "2 classes, got 0 to 2"),
+        ({"val": [(torch.ones(2, 2), torch.tensor([0, -1]))]}, DataError, "classes, got -1 to 0"),
+        ({"val": [(torch.ones(2, 2), torch.tensor([[0], [1]]))]}, DataError, r"got \(2, 1\)"),
+        ({"val": [(torch.ones(2, 2), torch.ones(2))]}, DataError, "got .2,. of torch.float32"),
         ({"batches": [({}, None)]}, DataError, "without such a tensor"),
         ({"batches": [(torch.ones(0, 2), torch.ones(0))]}, DataError, "without samples"),
     ],
@@ -485,6 +569,39 @@ def test_bfloat16_computes_the_loss_in_float32():
     assert half.losses != full.losses
     assert half.losses == pytest.approx(full.losses, rel=0.02)
     assert model[0].weight.dtype == torch.float32
+
+
+@dataclass(frozen=True)
+class Frozen:
+    logits: Tensor
+    rest: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    logits: Tensor
+
+
+@pytest.mark.parametrize("kind", [SimpleNamespace, Frozen, Slotted])
+def test_bfloat16_widens_the_logits_of_objects(kind: Callable):
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+            self.returned: list[object] = []
+
+        def forward(self, x: Tensor) -> object:
+            self.returned.append(kind(logits=self.inner(x)))
+            return self.returned[-1]
+
+    def loss(output: object, y: Tensor) -> Tensor:
+        assert type(output) is kind
+        assert output.logits.dtype == torch.float32
+        return nn.functional.cross_entropy(output.logits, y)
+
+    model = Wrapped()
+    fit(model, batches(), epochs=1, seed=0, val=batches(), loss=loss, precision="bf16")
+    assert {output.logits.dtype for output in model.returned} == {torch.bfloat16}
 
 
 def test_a_parameter_without_gradient_is_warned_about():

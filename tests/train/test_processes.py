@@ -63,6 +63,31 @@ def test_every_process_refuses(found, name: str, message: str):
     assert all(message in each[name] for each in found), [each[name] for each in found]
 
 
+@pytest.mark.parametrize(
+    ("name", "process", "message"),
+    [
+        ("penalty", 1, "ValueError: boom"),
+        ("graph", 1, "got one without a graph"),
+        ("labels", 1, "DataError: expected labels in val of the model's 3 classes"),
+        ("progress", 0, "ValueError: a full disk"),
+    ],
+)
+def test_an_error_of_one_process_ends_both(found, name: str, process: int, message: str):
+    failed, other = (found[i]["one-sided"][name] for i in (process, 1 - process))
+    assert message in failed
+    assert "Error: expected all 2 processes to go on" in other
+    assert f"(process {process}: " in other
+    assert message in other
+    assert "and more" not in other
+
+
+def test_other_courses_of_two_processes_end_both(found):
+    for each in found:
+        said = each["one-sided"]
+        assert "got 1 on process 0, 0 on process 1 in the same update" in said["fewer"]
+        assert "expected all 2 processes to do the same" in said["exchange"]
+
+
 def test_normalisation_agrees_at_the_end_and_is_warned_about_once(found):
     first, second = (each["norm"] for each in found)
     assert first["history"] == second["history"]

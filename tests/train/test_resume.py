@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,9 @@ from torch import Tensor, nn
 
 from flexure.contracts import DataError, FlexureError, Step
 from flexure.data import batches as prepare
-from flexure.train import Checkpoint, History, fit
-from flexure.train.checkpoint import save_state
-from tests.train.scenarios import data, gradient_norm, network, sharpness_aware
+from flexure.train import Checkpoint, History, cosine, fit
+from flexure.train.checkpoint import load_state, save_state
+from tests.train.scenarios import data, gradient_norm, network, sharpness_aware, shifted
 from tests.train.test_fit import Vectors
 
 EPOCHS, UPDATES = 3, 9
@@ -73,7 +76,7 @@ def drawn_as_they_come() -> list:
 def train(
     batches: Any, folder: Path | None, *, stop: int | None = None, **settings: Any
 ) -> tuple[nn.Module, History]:
-    model = network(norm=True, dropout=0.3)
+    model = settings.pop("model", network(norm=True, dropout=0.3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     given = {
         "epochs": EPOCHS,
@@ -135,11 +138,9 @@ def test_interrupted_again_and_again(tmp_path):
 
 def test_a_finished_training_is_returned_at_once(tmp_path):
     model, history = train(loader(), tmp_path)
-
-    def never(output: Tensor, y: Tensor) -> Tensor:
-        raise Interrupted
-
-    again, later = train(loader(), tmp_path, loss=never)
+    again, later = train(
+        loader(), tmp_path, penalties={stopping(UPDATES - 1): 0.1, gradient_norm: 0.1}
+    )
     assert same(again, model)
     assert later == history
 
@@ -171,6 +172,14 @@ def test_the_checkpoint_changes_nothing(tmp_path):
         ({"keep": "last"}, "keep: 'best' there, 'last' here"),
         ({"val": None}, "val: True there, False here"),
         ({"optimizer": None}, "optimizer: SGD there, Adam here"),
+        ({"loss": nn.functional.mse_loss}, "loss: flexure.train.arguments.cross_entropy there"),
+        ({"update": sharpness_aware}, "update: None there, tests.train.scenarios.sharpness_aware"),
+        ({"perturb": shifted}, "perturb: None there, tests.train.scenarios.shifted here"),
+        (
+            {"schedule": cosine(9)},
+            "schedule: tests.train.test_resume.train.<locals>.<lambda> there",
+        ),
+        ({"batches": [data(9)] * 6}, "batches: 5 there, 6 here"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -179,7 +188,7 @@ def test_the_checkpoint_of_another_training_is_refused(tmp_path, changed: dict, 
         train(loader(), tmp_path, stop=4)
     before = (tmp_path / "state.safetensors").read_bytes()
     with pytest.raises(FlexureError, match="that of another") as caught:
-        train(loader(), tmp_path, **changed)
+        train(changed.pop("batches", loader()), tmp_path, **changed)
     assert named in str(caught.value)
     assert (tmp_path / "state.safetensors").read_bytes() == before
 
@@ -210,11 +219,123 @@ def test_another_network_or_rate_is_refused_unchanged(tmp_path):
         train(loader(), tmp_path, optimizer=slower)
 
 
+class Endless:
+    """A batch, several times, nobody knows how often."""
+
+    def __init__(self, batch: Any, count: int) -> None:
+        self._batch, self._count = batch, count
+
+    def __iter__(self) -> Any:
+        return (self._batch for _ in range(self._count))
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A penalty with settings."""
+
+    scale: float
+    of: Callable[[Tensor], Tensor] = torch.square
+
+    def __call__(self, step: Step) -> Tensor:
+        return self.scale * self.of(step.output).mean()
+
+
+def test_a_schedule_of_one_name_with_other_factors_is_refused(tmp_path):
+    def falling(rate: float) -> Callable[[int], float]:
+        return lambda step: rate**step
+
+    train(loader(), tmp_path, schedule=falling(0.5))
+    with pytest.raises(FlexureError, match="factors of the schedule: 1 to"):
+        train(loader(), tmp_path, schedule=falling(0.4))
+    train(loader(), tmp_path, schedule=falling(0.5))
+
+
+def test_a_penalty_with_other_settings_is_refused(tmp_path):
+    train(loader(), tmp_path, penalties={Scaled(1.0): 0.1})
+    train(loader(), tmp_path, penalties={Scaled(1.0): 0.1})
+    with pytest.raises(FlexureError, match=r"Scaled\(scale=1\.0.*there.*Scaled\(scale=2\.0.*here"):
+        train(loader(), tmp_path, penalties={Scaled(2.0): 0.1})
+
+
+@pytest.mark.parametrize("stop", [2, 3, None], ids=["amid", "between", "ended"])
+def test_other_data_are_refused_unchanged(tmp_path, stop: int | None):
+    x, y = data(45)
+    pieces = list(zip(x.split(9), y.split(9), strict=True))
+    place = {"checkpoint": tmp_path if stop == 3 else Checkpoint(tmp_path, every=1)}
+    with suppress(Interrupted):
+        train(pieces, tmp_path, stop=stop, **place)
+    model = network(norm=True, dropout=0.3)
+    before = [value.clone() for value in model.state_dict().values()]
+    others = [(2 * x, y) for x, y in pieces]
+    with pytest.raises(DataError, match="another first batch in epoch"):
+        train(others, tmp_path, model=model, **place)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before, strict=True))
+
+
+def test_other_frozen_weights_are_refused(tmp_path):
+    def frozen(seed: int) -> nn.Module:
+        model = network()
+        torch.manual_seed(seed)
+        nn.init.normal_(model[0].weight)
+        model[0].requires_grad_(False)
+        return model
+
+    fit(frozen(1), loader(), epochs=1, seed=0, checkpoint=tmp_path)
+    fit(frozen(1), loader(), epochs=1, seed=0, checkpoint=tmp_path)
+    with pytest.raises(FlexureError, match="frozen parameters: 2 with values"):
+        fit(frozen(2), loader(), epochs=1, seed=0, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tree: tree.pop("format"), "format 2, got format 1, of another version"),
+        (lambda tree: tree["record"].pop("val_loss"), "a whole checkpoint"),
+        (lambda tree: tree["position"].pop("first"), "a whole checkpoint"),
+        (lambda tree: tree["weights"].pop("0.bias"), "got nothing there .* for 0.bias"),
+        (lambda tree: tree["optimizer"].pop("state"), "tree of an optimiser"),
+    ],
+)
+def test_a_checkpoint_without_an_entry_changes_nothing(tmp_path, damage: Callable, message: str):
+    fit(network(), loader(), epochs=1, seed=0, checkpoint=tmp_path)
+    tree = load_state(tmp_path)
+    damage(tree)
+    save_state(tmp_path, tree)
+    model = network()
+    with torch.no_grad():
+        model[4].bias.add_(1.0)
+        before = [value.clone() for value in model.state_dict().values()]
+    with pytest.raises(FlexureError, match=message):
+        fit(model, loader(), epochs=1, seed=0, checkpoint=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before, strict=True))
+
+
+def test_a_first_step_that_fails_after_resuming_says_so(tmp_path):
+    def bad(step: Step) -> Tensor:
+        return step.x * (torch.nan if step.index == 4 else 1.0)
+
+    for said in ("largest gradient of the step before", "the first step since the training was"):
+        with pytest.raises(FlexureError, match=f"got nan at step 4 .*{said}"):
+            train(loader(), tmp_path, perturb=bad)
+
+
+def test_a_folder_that_another_training_uses_is_named_as_the_reason(tmp_path, monkeypatch):
+    true = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        os.unlink(source)  # as another training does with what it takes for left over
+        true(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(FlexureError, match="another training that runs now uses this folder"):
+        fit(network(), loader(), epochs=1, seed=0, checkpoint=tmp_path)
+
+
 def test_fewer_data_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(Interrupted):
-        train(loader(), tmp_path / "run", stop=2)
+        train(Endless(data(9), 5), tmp_path / "run", stop=2)
     with pytest.raises(DataError, match="at least the 4 batches"):
-        train([data(9)], tmp_path / "run")
+        train(Endless(data(9), 1), tmp_path / "run")
     save_state(tmp_path / "foreign", {"something": 1})
     with pytest.raises(FlexureError, match="another kind of state"):
         train(loader(), tmp_path / "foreign")
