@@ -15,6 +15,7 @@ import pytest
 
 import flexure
 from flexure.cli import main
+from flexure.cli.common import working
 
 MODEL = """
 import time
@@ -147,6 +148,18 @@ def test_after_a_mistake_the_same_folder_is_taken(model: str, tmp_path: Path, ca
     arguments = [model, *FAST, "--arms", "probe,steered", "--out", str(tmp_path / "out")]
     code, _, err = tune(*arguments, "--where", "layer9", capsys=capsys)
     assert (code, "the arm 'steered' does not fit" in err) == (2, True)
+    code, _, err = tune(*arguments, capsys=capsys)
+    assert (code, err) == (0, "")
+
+
+def test_a_folder_where_another_run_works_is_refused(model: str, tmp_path: Path, capsys) -> None:
+    arguments = [model, *FAST, "--arms", "probe", "--out", str(tmp_path / "out")]
+    with working(tmp_path / "out" / ".flexure-tune", "comparison", resume=False):
+        for more in ([], ["--resume"]):
+            code, _, err = tune(*arguments, *more, capsys=capsys)
+            assert code == 2
+            assert f"another run works in {tmp_path / 'out'}; wait for its end" in err
+            assert err.count("\n") == 1
     code, _, err = tune(*arguments, capsys=capsys)
     assert (code, err) == (0, "")
 

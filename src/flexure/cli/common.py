@@ -9,7 +9,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import torch
 import typer
@@ -17,7 +17,7 @@ import typer
 from flexure.contracts import FlexureError, LabelledData, LoadedModel
 from flexure.data import PreparedBatches, batches, split
 from flexure.models import load_model
-from flexure.record import to_json
+from flexure.record import check_writable, to_json
 
 __all__ = [
     "LARGEST_SEED",
@@ -29,14 +29,16 @@ __all__ = [
     "Seed",
     "Size",
     "Unfinished",
-    "begin",
     "discard",
     "load",
     "prepared",
     "print_json",
     "resumable",
     "users_code",
+    "working",
 ]
+
+_LOCK = "lock"
 
 # What runs write into the store in their output folder.
 _FOLDERS = ("*.adapter", "*.checkpoint")
@@ -99,6 +101,45 @@ def resumable() -> Iterator[None]:
     except KeyboardInterrupt:
         told = "interrupted; what is finished is kept, --resume continues it"
         raise Unfinished(told) from None
+
+
+@contextmanager
+def working(store: Path, what: str, *, resume: bool) -> Iterator[None]:
+    """Begins or continues a `what` in the store, alone: no other run works there meanwhile.
+
+    Raises:
+        FlexureError: another run works there, or, without `resume`, it holds parts of an earlier
+            one.
+    """
+    lock = check_writable(store) / _LOCK
+    with lock.open("a") as file:
+        if not _locked(file):
+            raise FlexureError(
+                f"another run works in {store.parent}; wait for its end, or choose another --out"
+            )
+        try:
+            if not resume:
+                begin(store, what)
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty
+                store.rmdir()
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether this process has the file now; the lock ends with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # a system without such locks
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without them
+        return True
+    return True
 
 
 def begin(store: Path, what: str) -> None:

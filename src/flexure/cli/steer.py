@@ -18,13 +18,13 @@ from flexure.cli.common import (
     Resume,
     Seed,
     Size,
-    begin,
     discard,
     load,
     prepared,
     print_json,
     resumable,
     users_code,
+    working,
 )
 from flexure.contracts import FlexureError
 from flexure.data import load_data
@@ -96,10 +96,8 @@ def steer(
     """Find the beta that transfers best to labelled data; write results, adapter and report."""
     grid, mixtures = BETAS if betas is None else _grid(betas), _mixtures(c)
     store = check_writable(out) / _STORE
-    if not resume:
-        begin(store, "search")
     sizes = {"train": train_size, "val": val_size, "test": test_size}
-    with users_code(), resumable():
+    with working(store, "search", resume=resume), users_code(), resumable():
         loaded = load(model, device)
         train, val, test = prepared(loaded, load_data(data), sizes, device, batch_size, seed)
         found = search_beta(

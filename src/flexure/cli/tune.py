@@ -15,13 +15,13 @@ from flexure.cli.common import (
     Resume,
     Seed,
     Size,
-    begin,
     discard,
     load,
     prepared,
     print_json,
     resumable,
     users_code,
+    working,
 )
 from flexure.contracts import FlexureError, LoadedModel
 from flexure.data import PreparedBatches, load_data
@@ -85,10 +85,8 @@ def tune(
     """Adapt a network in several ways, fairly; write results, adapters and report."""
     factors = _numbers(rate_factors)
     store = check_writable(out) / _STORE
-    if not resume:
-        begin(store, "comparison")
     sizes = {"train": train_size, "val": val_size, "test": test_size}
-    with users_code(), resumable():
+    with working(store, "comparison", resume=resume), users_code(), resumable():
         loaded = load(model, device)
         train, val, test = prepared(loaded, load_data(data), sizes, device, batch_size, seed)
         summary = _sites(loaded, train)
