@@ -17,6 +17,7 @@ from flexure.contracts import DataError, FlexureError, Step
 from flexure.data import batches as prepare
 from flexure.train import Checkpoint, History, cosine, fit
 from flexure.train.checkpoint import load_state, save_state
+from flexure.train.resume import CheckpointError
 from tests.train.scenarios import data, gradient_norm, network, sharpness_aware, shifted
 from tests.train.test_fit import Vectors
 
@@ -187,7 +188,7 @@ def test_the_checkpoint_of_another_training_is_refused(tmp_path, changed: dict, 
     with pytest.raises(Interrupted):
         train(loader(), tmp_path, stop=4)
     before = (tmp_path / "state.safetensors").read_bytes()
-    with pytest.raises(FlexureError, match="that of another") as caught:
+    with pytest.raises(CheckpointError, match="that of another") as caught:
         train(changed.pop("batches", loader()), tmp_path, **changed)
     assert named in str(caught.value)
     assert (tmp_path / "state.safetensors").read_bytes() == before

@@ -27,7 +27,7 @@ from flexure.train.history import Record
 from flexure.train.identity import describe, digest
 from flexure.train.processes import Processes
 
-__all__ = ["FORMAT", "Saver", "Weights", "settings_of"]
+__all__ = ["FORMAT", "CheckpointError", "Saver", "Weights", "settings_of"]
 
 FORMAT = 2
 """Of the tree below. 2: with what plugs in, the first batch, and the loss on `val`."""
@@ -43,6 +43,10 @@ _FACTORS = 64
 
 _SHOWN = 3
 """Differences named in the message; one wrong setting is often behind many."""
+
+
+class CheckpointError(FlexureError):
+    """A checkpoint of another training, or of another version; no fault of the training itself."""
 
 
 class Weights:
@@ -79,7 +83,7 @@ class Weights:
         there = {name: (tuple(t.shape), t.dtype) for name, t in values.items()}
         for name in {**here, **there}:
             if here.get(name) != there.get(name):
-                raise FlexureError(
+                raise CheckpointError(
                     f"expected the checkpoint of this network, got {there.get(name, 'nothing')} "
                     f"there and {here.get(name, 'nothing')} here for {name}; train the same "
                     f"network, or choose another folder"
@@ -138,7 +142,7 @@ class Saver:
             check(tree["position"])
         updates = -1.0 if tree is None else float(len(tree["record"]["losses"]))
         if self.processes.sums([updates]) != [updates * self.processes.count]:
-            raise FlexureError(
+            raise CheckpointError(
                 f"expected one checkpoint folder for all {self.processes.count} processes, got "
                 f"different states; put it where all of them can read it"
             )
@@ -171,12 +175,12 @@ class Saver:
     def _check_same(self, tree: Any, here: Mapping[str, Any]) -> None:
         there = tree.get("settings") if isinstance(tree, dict) else None
         if not isinstance(there, dict):
-            raise FlexureError(
+            raise CheckpointError(
                 "expected the checkpoint of a training, got another kind of state; "
                 "choose another folder"
             )
         if tree.get("format") != FORMAT:
-            raise FlexureError(
+            raise CheckpointError(
                 f"expected a checkpoint of format {FORMAT}, got format {tree.get('format', 1)}, of "
                 f"another version of flexure; end that training with the version that began it, "
                 f"or choose another folder"
@@ -189,7 +193,7 @@ class Saver:
         ]
         if different:
             more = len(different) - _SHOWN
-            raise FlexureError(
+            raise CheckpointError(
                 f"expected the checkpoint of this training, got that of another one "
                 f"({'; '.join(different[:_SHOWN])}{f'; {more} more' if more > 0 else ''}); train "
                 f"with its settings, or choose another folder"
@@ -201,7 +205,7 @@ class Saver:
         if not (set(tree) == _TREE and set(tree["position"]) == _POSITION) or (
             set(tree["record"]) != known or tuple(tree["record"]["names"]) != self.record.names
         ):
-            raise FlexureError(
+            raise CheckpointError(
                 "expected a whole checkpoint of a training, got one with other entries; "
                 "choose another folder"
             )
