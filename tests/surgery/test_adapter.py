@@ -14,6 +14,7 @@ from torch import nn
 from flexure.contracts import AdapterError, FlexureError
 from flexure.methods.load import load_adapter
 from flexure.methods.steer import steer
+from flexure.surgery.adapter import AdapterFile, write_adapter
 from tests.methods.test_steer import Routed, state
 from tests.networks import resnet18
 
@@ -278,3 +279,12 @@ def test_inconsistent_files_change_nothing(name: str, model, x, tmp_path) -> Non
     with pytest.raises(FlexureError):
         load_adapter(model, tmp_path)
     assert state(model) == before
+
+
+def test_both_files_are_ordinary_ones(tmp_path: Path) -> None:
+    """Whoever may read the one may read the other."""
+    write_adapter(tmp_path / "a", AdapterFile("method", {}, {}, {"x": torch.ones(2)}))
+    (tmp_path / "ordinary").write_text("")
+    modes = {path.stat().st_mode for path in (tmp_path / "a").iterdir()}
+    assert modes == {(tmp_path / "ordinary").stat().st_mode}
+    assert len(list((tmp_path / "a").iterdir())) == 2

@@ -46,7 +46,7 @@ _WORK = ("*.safetensors", "*.checkpoint/*")
 _OURS = (
     "*.safetensors", "fingerprint.json", ".*.safetensors.*.tmp", ".fingerprint.json.*.tmp",
     "*.adapter/adapter_config.json", "*.adapter/adapter_model.safetensors",
-    "*.adapter/.adapter_*.tmp", "*.checkpoint/state.safetensors", "*.checkpoint/.state*.tmp",
+    "*.adapter/.*adapter_*", "*.checkpoint/state.safetensors", "*.checkpoint/.state*.tmp",
 )  # fmt: skip
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexure.contracts import AdapterError
-from flexure.record import write_json
+from flexure.contracts import AdapterError, FlexureError
+from flexure.record import write_bytes, write_json
 
 __all__ = ["CONFIG", "TENSORS", "AdapterFile", "read_adapter", "write_adapter"]
 
@@ -57,7 +57,7 @@ def write_adapter(folder: str | os.PathLike[str], adapter: AdapterFile) -> None:
     Raises:
         AdapterError: the folder cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     where = Path(folder)
     config = {
@@ -75,11 +75,12 @@ def write_adapter(folder: str | os.PathLike[str], adapter: AdapterFile) -> None:
     parts = {name: where / f".{name}.{os.getpid()}" for name in (TENSORS, CONFIG)}
     try:
         where.mkdir(parents=True, exist_ok=True)
-        save_file(copies, parts[TENSORS], metadata={_DIGEST: digest})
+        # Not save_file: its files are private to the user, and an adapter is an ordinary file.
+        write_bytes(parts[TENSORS], save(copies, metadata={_DIGEST: digest}))
         write_json(parts[CONFIG], {**config, _DIGEST: digest})
         for name, part in parts.items():
             os.replace(part, where / name)
-    except OSError as error:
+    except (OSError, FlexureError) as error:
         raise AdapterError(f"cannot write the adapter to {where}: {error}") from error
     finally:
         for part in parts.values():
