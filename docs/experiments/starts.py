@@ -62,7 +62,8 @@ def main() -> None:
         for arm in kept["arms"]:
             for run in arm["runs"]:
                 run.pop("betas"), run.pop("cs")
-        write_json(options.out, record(config=vars(options), seed=options.seed, numbers=kept))
+        config = {name: value for name, value in vars(options).items() if name != "out"}
+        write_json(options.out, record(config=config, seed=options.seed, numbers=kept))
 
 
 def parsed() -> argparse.Namespace:
