@@ -670,3 +670,19 @@ def test_progress_is_told():
     told: list[tuple[str, int, int]] = []
     fit(network(), batches(), epochs=2, seed=0, progress=lambda *given: told.append(given))
     assert told == [("train", done, 6) for done in range(1, 7)]
+
+
+@pytest.mark.parametrize("labels", [[0, 3, 1, 1], [0, -1, 1, 1]])
+def test_training_labels_that_the_head_has_no_class_for(labels: list[int]) -> None:
+    model = nn.Linear(2, 3)
+    before = model.weight.detach().clone()
+    with pytest.raises(DataError, match="training batch of the model's 3 classes"):
+        fit(model, [(torch.rand(4, 2), torch.tensor(labels))], epochs=1, seed=0)
+    assert torch.equal(model.weight, before)
+
+
+def test_labels_of_minus_100_do_not_count() -> None:
+    model, x = nn.Linear(2, 3), torch.rand(4, 2)
+    expected = nn.functional.cross_entropy(model(x[:2]), torch.tensor([0, 2])).item()
+    y = torch.tensor([0, 2, -100, -100])
+    assert fit(model, [(x, y)], epochs=1, seed=0).losses[0] == pytest.approx(expected)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flexure.calling import logits_of
 from flexure.contracts import FlexureError, Penalty
 from flexure.train.checkpoint import Checkpoint
+from flexure.train.validation import check_labels
 
 __all__ = [
     "check_optimizer",
@@ -159,8 +160,19 @@ def default_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def cross_entropy(output: Any, y: Tensor) -> Tensor:
-    """The default loss."""
-    return nn.functional.cross_entropy(logits_of(output), y)
+    """The default loss; labels of -100 do not count, as in torch.
+
+    Raises:
+        DataError: labels that are not classes of the logits.
+    """
+    logits = logits_of(output)
+    if logits.ndim > 1 and not y.is_floating_point() and bool((counted := y != _IGNORED).any()):
+        check_labels(logits, y[counted], "a training batch")
+    return nn.functional.cross_entropy(logits, y)
+
+
+_IGNORED = -100
+"""The label that torch's cross-entropy leaves out by default."""
 
 
 def _is_integer(value: Any) -> bool:

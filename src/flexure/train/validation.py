@@ -15,7 +15,7 @@ from flexure.contracts import Batches, DataError
 from flexure.train.step import Run, pair, part, samples_in
 from flexure.train.update import Loss, scalar
 
-__all__ = ["validate"]
+__all__ = ["check_labels", "validate"]
 
 
 def validate(
@@ -54,6 +54,25 @@ def validate(
     return total / count, right / answers if answers == count else None
 
 
+def check_labels(logits: Tensor, y: Tensor, where: str) -> None:
+    """Raises `DataError` unless all labels are classes of the (B, classes, ...) logits.
+
+    On accelerators a loss would end the process instead.
+
+    Args:
+        logits: of the model.
+        y: integer labels, at least one.
+        where: what they are the labels of.
+    """
+    low, high, classes = int(y.min()), int(y.max()), logits.shape[1]
+    if low < 0 or high >= classes:
+        raise DataError(
+            f"expected labels in {where} of the model's {classes} classes, got {low} to {high}; "
+            f"number the classes from 0, and give the model a head for them all (adapt has "
+            f"classes=); targets of another kind need a loss of their own"
+        )
+
+
 def _are_labels(y: Any, samples: int) -> bool:
     if not isinstance(y, Tensor) or y.shape != (samples,):
         return False
@@ -75,10 +94,5 @@ def _right(output: Any, y: Any, samples: int) -> int:
             f"expected (B, classes) logits for the labels in val, got {tuple(logits.shape)} for "
             f"{samples} samples; {remedy}"
         )
-    low, high, classes = int(y.min()), int(y.max()), logits.shape[1]
-    if low < 0 or high >= classes:
-        raise DataError(
-            f"expected labels in val of the model's {classes} classes, got {low} to {high}; "
-            f"{remedy}"
-        )
+    check_labels(logits, y, "val")
     return int((logits.argmax(1) == y).sum())
