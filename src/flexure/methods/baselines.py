@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from flexure.contracts import AdapterError, Example
-from flexure.methods.finetune import NothingInstalled, Weights, check_names, check_unused
+from flexure.methods.finetune import NothingInstalled, Weights, check_names
 from flexure.methods.head import HEAD_LEARNING_RATE
-from flexure.methods.placing import Maker, PlacedUnits, load_units, place_units
-from flexure.methods.trainable_ct import check_rate
+from flexure.methods.placing import Maker, UnitMethod
+from flexure.methods.settings import check_positive, check_unused
 from flexure.surgery.sites import Site
 from flexure.units.functional import check_dial
 from flexure.units.unit import CTU
@@ -62,7 +62,7 @@ class LinearProbe:
 
 
 @dataclass(frozen=True)
-class SteeredProbe:
+class SteeredProbe(UnitMethod):
     """Trains the head of a network steered to a constant dial, as Curvature Tuning does.
 
     Attributes:
@@ -84,33 +84,9 @@ class SteeredProbe:
     def __post_init__(self) -> None:
         check_dial(self.beta, self.c)
 
-    def install(
-        self,
-        model: nn.Module,
-        *,
-        example: Example,
-        where: Any = None,
-        axis: Any = None,
-        head: str | None = None,
-    ) -> PlacedUnits:
-        """Puts a unit with the constant dial at every chosen site outside the head.
+    def maker(self, chosen: tuple[Site, ...]) -> Maker:
+        """Units with the constant dial."""
 
-        Raises:
-            SiteError: no site, or one that cannot be steered.
-        """
-        return place_units(model, self._maker, example=example, where=where, axis=axis, head=head)
-
-    def load(
-        self, model: nn.Module, structure: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> PlacedUnits:
-        """Puts the stored units into `model`.
-
-        Raises:
-            AdapterError: the model has other sites, or the file is damaged.
-        """
-        return load_units(model, self._maker, structure, tensors)
-
-    def _maker(self, chosen: tuple[Site, ...]) -> Maker:
         def make(site: Site, arguments: dict[str, Any]) -> CTU:
             return CTU(**arguments, beta=self.beta, c=self.c)
 
@@ -135,7 +111,7 @@ class FullFinetune:
     learning_rate: float = 1e-4
 
     def __post_init__(self) -> None:
-        check_rate(self.learning_rate)
+        check_positive("learning_rate", self.learning_rate)
 
     def install(
         self,

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexure.contracts import AdapterError, FlexureError
+from flexure.contracts import AdapterError
 from flexure.surgery.frozen import check_constant
 
-__all__ = ["NothingInstalled", "Weights", "check_names", "check_unused"]
+__all__ = ["NothingInstalled", "Weights", "check_names"]
 
 
 class NothingInstalled:
@@ -178,15 +178,6 @@ def _exchange_back(buffers: dict[str, Tensor | None], before: dict[str, Tensor |
     for key, old in before.items():
         like = now.get(key)
         buffers[key] = old if old is None or like is None else old.to(like)
-
-
-def check_unused(name: str, where: Any, axis: Any) -> None:
-    """Raises `FlexureError` where one is given to a method that has no use for it."""
-    for key, value in (("where", where), ("axis", axis)):
-        if value is not None:
-            raise FlexureError(
-                f"expected no {key}= for {name}, which changes no site, got {value!r}; leave it out"
-            )
 
 
 def check_names(expected: Iterable[str], tensors: Mapping[str, Tensor]) -> None:

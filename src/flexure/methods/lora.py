@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import isfinite
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from flexure.contracts import AdapterError, Example, FlexureError, SiteError
-from flexure.methods.finetune import check_unused
+from flexure.methods.settings import check_positive, check_unused
 from flexure.surgery.low_rank import LowRankWeights
 from flexure.surgery.weight_layers import CHILD, WeightLayer, weight_layers
 
@@ -59,12 +58,8 @@ class LoRA:
                 f"expected rank to be a whole number, at least 0, got {self.rank!r}; "
                 "0 trains the head alone"
             )
-        for key in ("alpha", "learning_rate"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise FlexureError(f"expected {key} to be a number, got {value!r}")
-            if not (isfinite(value) and value > 0):
-                raise FlexureError(f"expected {key} to be finite and above 0, got {value!r}")
+        check_positive("alpha", self.alpha)
+        check_positive("learning_rate", self.learning_rate)
         object.__setattr__(self, "where", _checked(self.where))
 
     def install(

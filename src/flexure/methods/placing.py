@@ -5,6 +5,7 @@ What the units compute is theirs; which sites get one is the method's to say.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from flexure.units.functional import balanced_c
 from flexure.units.trainable import TrainableCTU
 from flexure.units.unit import CTU
 
-__all__ = ["Maker", "PlacedUnits", "load_units", "place_units", "unit_arguments"]
+__all__ = ["Maker", "PlacedUnits", "UnitMethod", "unit_arguments"]
 
 Maker = Callable[[Site, dict[str, Any]], CTU]
 """From a site and the arguments of `unit_arguments` to its unit."""
@@ -52,74 +53,43 @@ def unit_arguments(site: Site, original: nn.Module | None) -> dict[str, Any]:
     }
 
 
-def place_units(
-    model: nn.Module,
-    make: Callable[[tuple[Site, ...]], Maker],
-    *,
-    example: Example,
-    where: Where,
-    axis: int | dict[str, int] | None,
-    head: str | None,
-) -> PlacedUnits:
-    """Finds the activation sites outside the head, and puts a unit at each.
+class UnitMethod(ABC):
+    """The part that all methods with units share: finding sites, and putting units there."""
 
-    Args:
-        model: the network; changed in place.
-        make: from all the chosen sites to the maker of their units.
-        example: one input, to find the sites with.
-        where: the sites; all by default.
-        axis: channel axis where the producing layer does not tell it.
-        head: path of the module that is left alone.
+    def install(
+        self,
+        model: nn.Module,
+        *,
+        example: Example,
+        where: Any = None,
+        axis: Any = None,
+        head: str | None = None,
+    ) -> PlacedUnits:
+        """Puts a unit at every chosen site outside the head.
 
-    Raises:
-        SiteError: no site, or one that cannot be steered. The model is unchanged.
-    """
-    report = sites(model, example, axis=axis)
-    outside = [site for site in report.sites if not _inside(site, head)]
-    chosen = report.select(where)
-    within = [site.name for site in chosen if _inside(site, head)]
-    chosen = tuple(site for site in chosen if not _inside(site, head))
-    if not chosen or (within and where is not None):
-        raise SiteError(
-            f"expected activation sites outside the head {head!r}, got "
-            f"{', '.join(within) or 'none'}; the head is trained as it is"
-        )
-    what = plan(report, chosen, complete=len(chosen) == len(outside))
-    placed = PlacedUnits(model, what, report, _build(model, what, make(chosen)))
-    placed.insert()
-    return placed
+        Raises:
+            SiteError: no site, one that cannot be steered, or one that the method cannot use.
+        """
+        return _place_units(model, self.maker, example=example, where=where, axis=axis, head=head)
 
+    def load(
+        self, model: nn.Module, structure: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> PlacedUnits:
+        """Puts stored units into `model`, with the values of the file, bit by bit.
 
-def load_units(
-    model: nn.Module,
-    make: Callable[[tuple[Site, ...]], Maker],
-    structure: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-) -> PlacedUnits:
-    """Puts stored units into `model`.
+        Raises:
+            AdapterError: the model has other sites, or the file is damaged.
+        """
+        return _load_units(model, self.maker, structure, tensors)
 
-    Args:
-        model: the network; changed in place.
-        make: from all the chosen sites to the maker of their units.
-        structure: what `PlacedUnits.structure` gave.
-        tensors: what `PlacedUnits.tensors` gave.
+    @abstractmethod
+    def maker(self, chosen: tuple[Site, ...]) -> Maker:
+        """What makes the unit of each of the chosen sites.
 
-    Raises:
-        AdapterError: the model has other sites, listed; or the tensors do not fit the structure.
-            The model is unchanged.
-        SiteError: the model has units already.
-    """
-    check_free(model)
-    what, report = plan_from_json(structure)
-    check_fits(model, what, report)
-    try:
-        units = _build(model, what, make(what.sites))
-    except SiteError as error:
-        raise AdapterError(f"the adapter's config is damaged: {error}") from error
-    placed = PlacedUnits(model, what, report, units)
-    _fill(placed.parameters, tensors)
-    placed.insert()
-    return placed
+        Raises:
+            SiteError: a site that the method cannot use.
+        """
+        ...
 
 
 class PlacedUnits:
@@ -209,6 +179,76 @@ class PlacedUnits:
         # Cast only if the model was: stored dials keep their dtype.
         cast = self._left.get(site.name, near.dtype) != near.dtype
         return unit.to(device=near.device, dtype=near.dtype if cast else None)
+
+
+def _place_units(
+    model: nn.Module,
+    make: Callable[[tuple[Site, ...]], Maker],
+    *,
+    example: Example,
+    where: Where,
+    axis: int | dict[str, int] | None,
+    head: str | None,
+) -> PlacedUnits:
+    """Finds the activation sites outside the head, and puts a unit at each.
+
+    Args:
+        model: the network; changed in place.
+        make: from all the chosen sites to the maker of their units.
+        example: one input, to find the sites with.
+        where: the sites; all by default.
+        axis: channel axis where the producing layer does not tell it.
+        head: path of the module that is left alone.
+
+    Raises:
+        SiteError: no site, or one that cannot be steered. The model is unchanged.
+    """
+    report = sites(model, example, axis=axis)
+    outside = [site for site in report.sites if not _inside(site, head)]
+    chosen = report.select(where)
+    within = [site.name for site in chosen if _inside(site, head)]
+    chosen = tuple(site for site in chosen if not _inside(site, head))
+    if not chosen or (within and where is not None):
+        raise SiteError(
+            f"expected activation sites outside the head {head!r}, got "
+            f"{', '.join(within) or 'none'}; the head is trained as it is"
+        )
+    what = plan(report, chosen, complete=len(chosen) == len(outside))
+    placed = PlacedUnits(model, what, report, _build(model, what, make(chosen)))
+    placed.insert()
+    return placed
+
+
+def _load_units(
+    model: nn.Module,
+    make: Callable[[tuple[Site, ...]], Maker],
+    structure: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> PlacedUnits:
+    """Puts stored units into `model`.
+
+    Args:
+        model: the network; changed in place.
+        make: from all the chosen sites to the maker of their units.
+        structure: what `PlacedUnits.structure` gave.
+        tensors: what `PlacedUnits.tensors` gave.
+
+    Raises:
+        AdapterError: the model has other sites, listed; or the tensors do not fit the structure.
+            The model is unchanged.
+        SiteError: the model has units already.
+    """
+    check_free(model)
+    what, report = plan_from_json(structure)
+    check_fits(model, what, report)
+    try:
+        units = _build(model, what, make(what.sites))
+    except SiteError as error:
+        raise AdapterError(f"the adapter's config is damaged: {error}") from error
+    placed = PlacedUnits(model, what, report, units)
+    _fill(placed.parameters, tensors)
+    placed.insert()
+    return placed
 
 
 def _inside(site: Site, head: str | None) -> bool:

@@ -6,15 +6,13 @@ files are `adapt.py`'s.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
-
-from flexure.contracts import Example, FlexureError, SiteError
-from flexure.methods.placing import Maker, PlacedUnits, load_units, place_units
+from flexure.contracts import FlexureError, SiteError
+from flexure.methods.placing import Maker, UnitMethod
+from flexure.methods.settings import check_positive
 from flexure.surgery.sites import Site
 from flexure.units.functional import check_dial
 from flexure.units.parameterization import DEFAULT, find_parameterization
@@ -25,7 +23,7 @@ __all__ = ["TrainableCT"]
 
 
 @dataclass(frozen=True)
-class TrainableCT:
+class TrainableCT(UnitMethod):
     """A trainable pair (beta, c) for every channel of every activation site ([CT] section 3.3).
 
     Attributes:
@@ -56,41 +54,20 @@ class TrainableCT:
         check_dial(self.init_beta, self.init_c)
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", row.learning_rate)
-        check_rate(self.learning_rate)
+        check_positive("learning_rate", self.learning_rate)
 
     @property
     def optimizer_settings(self) -> Mapping[str, float]:
         """What its parameter group sets besides the rate: Adam's `eps`."""
         return {"eps": find_parameterization(self.parameterization).epsilon}
 
-    def install(
-        self,
-        model: nn.Module,
-        *,
-        example: Example,
-        where: Any = None,
-        axis: Any = None,
-        head: str | None = None,
-    ) -> PlacedUnits:
-        """Puts a unit at every chosen site outside the head.
+    def maker(self, chosen: tuple[Site, ...]) -> Maker:
+        """Units with dials of their own, or one for each module with `share`.
 
         Raises:
-            SiteError: no site, one that cannot be steered, one whose channel axis is not known,
-                or, with `share`, calls of one module with different channels.
+            SiteError: a channel axis is not known, or, with `share`, calls of one module differ in
+                their channels.
         """
-        return place_units(model, self._maker, example=example, where=where, axis=axis, head=head)
-
-    def load(
-        self, model: nn.Module, structure: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> PlacedUnits:
-        """Puts stored units into `model`, with the raw values of the file, bit by bit.
-
-        Raises:
-            AdapterError: the model has other sites, or the file is damaged.
-        """
-        return load_units(model, self._maker, structure, tensors)
-
-    def _maker(self, chosen: tuple[Site, ...]) -> Maker:
         _check_channels(chosen)
         shared: dict[str, CTU] = {}
         if self.share:
@@ -108,14 +85,6 @@ class TrainableCT:
             return shared[key]
 
         return make
-
-
-def check_rate(rate: Any) -> None:
-    """Raises `FlexureError` unless `rate` is a positive, finite number."""
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
-        raise FlexureError(f"expected a learning rate, a positive number, got {rate!r}")
-    if not (math.isfinite(rate) and rate > 0):
-        raise FlexureError(f"expected a positive, finite learning rate, got {rate}")
 
 
 def _check_channels(chosen: tuple[Site, ...]) -> None:
