@@ -16,8 +16,9 @@ ROOT = Path(flexure.__file__).parent
 
 FLOORS = {
     **dict.fromkeys(("contracts", "calling", "record", "addresses", "memory", "progress"), 0),
-    **dict.fromkeys(("units", "data"), 1),
-    **dict.fromkeys(("surgery", "models"), 2),
+    **dict.fromkeys(("processes", "per_sample", "batched"), 0),
+    **dict.fromkeys(("units", "data", "layers"), 1),
+    **dict.fromkeys(("surgery", "models", "measure"), 2),
     "train": 3,
     "methods": 4,
     "report": 5,

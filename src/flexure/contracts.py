@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "InstalledMethod",
     "LabelledData",
     "LoadedModel",
+    "Measure",
     "MissingExtraError",
     "ModelLoader",
     "Penalty",
@@ -131,6 +132,23 @@ class RecipeConfig(Protocol):
     @classmethod
     def small(cls) -> RecipeConfig:
         """The configuration that runs everywhere in under two minutes."""
+        ...
+
+
+class Measure(Protocol):
+    """A number, or several, for each sample: `flexure.curvature` with its model bound, say.
+
+    No mean is taken inside: a sample's values do not depend on the others in its batch.
+    """
+
+    def __call__(self, x: Any, y: Tensor, /, *, generator: Generator) -> Any:
+        """The values of a batch, a `PerSample`. A measure without labels does not take `y`.
+
+        Args:
+            x: the inputs, an `Example` of B samples.
+            y: (B,) labels.
+            generator: of the CPU; everything random is drawn from it.
+        """
         ...
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from flexure.contracts import DataError
-from flexure.train.processes import Processes
+from flexure.processes import Processes
 from tests.train import scenarios
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_shares_are_contiguous_and_cover_everything():
 
 SCRIPT = """
 import sys, torch
-from flexure.train.processes import current_processes
+from flexure.processes import current_processes
 from tests.train.scenarios import trained
 
 torch.set_num_threads(1)

@@ -13,9 +13,9 @@ import torch
 
 from flexure.contracts import Batches, DataError
 from flexure.data.batches import PreparedBatches
+from flexure.processes import Processes
 from flexure.train.checkpoint import rng_state, set_rng_state
 from flexure.train.identity import digest
-from flexure.train.processes import Processes
 
 __all__ = ["Feed"]
 

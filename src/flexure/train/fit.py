@@ -28,6 +28,7 @@ from flexure.contracts import (
     Perturbation,
     UpdateRule,
 )
+from flexure.processes import current_processes
 from flexure.progress import Progress, ProgressReporter
 from flexure.train.arguments import (
     check_optimizer,
@@ -42,7 +43,6 @@ from flexure.train.arguments import (
 from flexure.train.checkpoint import Checkpoint
 from flexure.train.feed import Feed
 from flexure.train.history import History, Record
-from flexure.train.processes import current_processes
 from flexure.train.randomness import reproducible, update_randomness
 from flexure.train.resume import Saver, Weights, settings_of
 from flexure.train.step import Run, TrainingStep, shares

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from flexure.processes import Processes
 from flexure.train.checkpoint import rng_state, set_rng_state
-from flexure.train.processes import Processes
 
 __all__ = ["reproducible", "update_randomness"]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flexure.contracts import FlexureError
+from flexure.processes import Processes
 from flexure.train.checkpoint import (
     Checkpoint,
     check_optimizer_tree,
@@ -25,7 +26,6 @@ from flexure.train.checkpoint import (
 )
 from flexure.train.history import Record
 from flexure.train.identity import describe, digest
-from flexure.train.processes import Processes
 
 __all__ = ["FORMAT", "CheckpointError", "Saver", "Weights", "settings_of"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flexure.calling import call_model, map_tensors, rows_of, take
 from flexure.contracts import DataError
-from flexure.train.processes import Processes
+from flexure.processes import Processes
 
 __all__ = ["Run", "TrainingStep", "pair", "part", "samples_in", "shares"]
 

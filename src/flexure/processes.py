@@ -1,4 +1,4 @@
-"""Training over several processes: shares of a batch, and sums, means and copies across them.
+"""Several processes at one task: shares of a batch, and sums, means and copies across them.
 
 Every process holds the whole model. What is computed from a share is not known here. Before each
 exchange all processes say what they are about to do, so that an error in one, or another course

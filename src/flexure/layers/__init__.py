@@ -1,0 +1,1 @@
+"""What is known of linear layers: bounds on their norms."""

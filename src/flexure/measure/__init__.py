@@ -1,0 +1,1 @@
+"""Numbers about a network's geometry in input space; nothing here changes a model."""
