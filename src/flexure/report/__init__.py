@@ -3,11 +3,10 @@
 Nothing here computes a result; results come in as numbers and go out as a page.
 """
 
+from flexure.report.canvas import Curve, Picture
 from flexure.report.page import Section, render, write_page
 from flexure.report.plots import (
-    Curve,
     Estimate,
-    Picture,
     boundary,
     curves,
     estimates,

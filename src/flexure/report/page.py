@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flexure.contracts import FlexureError
 from flexure.record import write_bytes
-from flexure.report.plots import Picture
+from flexure.report.canvas import Picture
 from flexure.report.tables import Table
 
 __all__ = ["Section", "render", "write_page"]

@@ -1,24 +1,36 @@
-"""Pictures for reports: numbers in, inline SVG with alternative text out.
+"""Pictures of comparisons, dials and functions for reports: numbers in, inline SVG out.
 
-One idea a picture, in the Okabe-Ito palette (safe for colour-blind readers), with shapes and dashes
-that tell the same story as the colours. Ink is `currentColor` and the background is transparent,
-so a picture follows the light or dark page around it. Nothing here trains, measures or writes
-files, and pyplot's global state is not touched.
+Nothing here trains, measures or writes files; style is `canvas.py`'s, pictures of measures are in
+`geometry_plots.py`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flexure.contracts import FlexureError
+from flexure.report.canvas import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    PANEL,
+    REFERENCE,
+    SKY,
+    VERMILION,
+    WIDE,
+    Curve,
+    Picture,
+    canvas,
+    draw_legend,
+    draw_line,
+    finished,
+)
 
 __all__ = [
-    "Curve",
     "Estimate",
-    "Picture",
     "boundary",
     "curves",
     "estimates",
@@ -26,77 +38,6 @@ __all__ = [
     "over_depth",
     "score_against_beta",
 ]
-
-# Okabe and Ito (2008), "Color universal design".
-BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-SKY, PURPLE = "#56B4E9", "#CC79A7"
-SERIES = (BLUE, ORANGE, PURPLE, SKY, GREEN, VERMILION)  # the last two also mark single points
-DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (8, 2)), (0, (1, 3)))
-# Stands for the page's text colour until the SVG is written; no picture uses it otherwise.
-INK = "#010203"
-
-_STYLE: dict[str, Any] = {
-    "axes.edgecolor": INK,
-    "axes.facecolor": "none",
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 10.5,
-    "figure.facecolor": "none",
-    "font.family": "DejaVu Sans",  # ships with matplotlib: the same picture on every machine
-    "font.size": 10.5,
-    "legend.frameon": False,
-    "legend.fontsize": 9.5,
-    "lines.linewidth": 2.0,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "flexure",  # the same numbers give the same bytes
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
-_REFERENCE: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (6, 3))}
-_WIDE = (5.6, 3.9)  # inches; the page scales it between a phone's width and its own column
-_PANEL = (3.6, 3.3)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture.
-
-    Attributes:
-        svg: an `<svg>` element for use inside an HTML page.
-        alt: what it shows, in words, for readers who do not see it.
-    """
-
-    svg: str
-    alt: str
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One line of a plot; equally long sequences.
-
-    Attributes:
-        label: what the line is, for the legend.
-        x: positions.
-        y: values, in the unit of the plot's y axis.
-        errors: half-width of the band around `y` (one standard error), or nothing.
-    """
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    errors: Sequence[float] | None = None
-
-    def __post_init__(self) -> None:
-        lengths = {len(self.x), len(self.y), len(self.x if self.errors is None else self.errors)}
-        if len(lengths) != 1 or not len(self.x):
-            raise FlexureError(
-                f"expected x, y and errors of one length above 0 for the curve {self.label!r}, "
-                f"got {len(self.x)}, {len(self.y)} and "
-                f"{'none' if self.errors is None else len(self.errors)}"
-            )
 
 
 @dataclass(frozen=True)
@@ -132,9 +73,9 @@ def score_against_beta(
         errors: what the band is.
         axis: label of the axis of beta; state what its end is.
     """
-    figure, axes = _canvas(_WIDE)
+    figure, axes = canvas(WIDE)
     for k, line in enumerate(lines):
-        _line(axes, line, k, band=errors)
+        draw_line(axes, line, k, band=errors)
     if baseline is not None:
         axes.axhline(
             baseline, color=INK, linewidth=1.2, linestyle=(0, (6, 3)), label=baseline_label
@@ -146,9 +87,9 @@ def score_against_beta(
         )
     axes.plot(*chosen, "D", color=VERMILION, markersize=9, label=f"chosen: beta = {chosen[0]:.4g}")
     axes.set(xlabel=axis, ylabel=score)
-    _legend(figure)
+    draw_legend(figure)
     level = "" if baseline is None else f", against {baseline:.1f} at {baseline_label}"
-    return _picture(
+    return finished(
         figure,
         f"{score} against beta; the chosen beta is {chosen[0]:.4g} with {chosen[1]:.1f}{level}; "
         f"{len(within)} values of beta lie within one standard error of the best.",
@@ -165,8 +106,8 @@ def estimates(rows: Sequence[Estimate], *, axis: str, highlight: Sequence[str] =
     """
     if not rows:
         raise FlexureError("expected at least one estimate to draw, got none")
-    figure, axes = _canvas((_WIDE[0], 1.2 + 0.34 * len(rows)))
-    axes.axvline(0, **_REFERENCE)
+    figure, axes = canvas((WIDE[0], 1.2 + 0.34 * len(rows)))
+    axes.axvline(0, **REFERENCE)
     for k, row in enumerate(rows):
         stressed = row.label in highlight
         colour, marker = (VERMILION, "D") if stressed else (BLUE, "o")
@@ -176,7 +117,7 @@ def estimates(rows: Sequence[Estimate], *, axis: str, highlight: Sequence[str] =
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(axis)
     values = "; ".join(f"{r.label}: {r.value:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in rows)
-    return _picture(figure, f"{axis}, with intervals. {values}.")
+    return finished(figure, f"{axis}, with intervals. {values}.")
 
 
 def boundary(
@@ -199,7 +140,7 @@ def boundary(
     """
     import numpy as np
 
-    figure, axes = _canvas(_PANEL)
+    figure, axes = canvas(PANEL)
     margin = np.asarray(grid, dtype=float)
     xs = np.linspace(extent[0], extent[1], margin.shape[1])
     ys = np.linspace(extent[2], extent[3], margin.shape[0])
@@ -209,7 +150,7 @@ def boundary(
         mine = np.asarray(points)[np.asarray(labels) == value]
         axes.plot(mine[:, 0], mine[:, 1], marker, color=colour, markersize=2.6)
     axes.set(xlabel="x1 (no unit)", ylabel="x2 (no unit)", title=title, aspect="equal")
-    return _picture(
+    return finished(
         figure, f"{title}. Data of two classes and the decision boundary between their regions."
     )
 
@@ -233,17 +174,17 @@ def curves(
         y_label: what y is, with its unit.
         whole: ticks of x at whole numbers only.
     """
-    figure, axes = _canvas(_PANEL)
+    figure, axes = canvas(PANEL)
     if points is not None:
         axes.plot(points.x, points.y, ".", color=INK, alpha=0.55, markersize=4, label=points.label)
     for k, line in enumerate(lines):
-        _line(axes, line, k, band=None)
+        draw_line(axes, line, k, band=None)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     if whole:
         axes.xaxis.get_major_locator().set_params(integer=True)
-    _legend(figure)
+    draw_legend(figure)
     drawn = ", ".join(line.label for line in lines)
-    return _picture(figure, f"{title}. {y_label} against {x_label}: {drawn}.")
+    return finished(figure, f"{title}. {y_label} against {x_label}: {drawn}.")
 
 
 def histogram(
@@ -260,7 +201,7 @@ def histogram(
     """
     import numpy as np
 
-    figure, axes = _canvas(_PANEL)
+    figure, axes = canvas(PANEL)
     edges = np.linspace(0.0, 1.0, bins + 1)
     shares = np.array([100 * np.histogram(v, edges)[0] / max(len(v), 1) for v in values])
     axes.bar(edges[:-1], shares.mean(0), width=1 / bins, align="edge", color=BLUE, alpha=0.55)
@@ -269,11 +210,11 @@ def histogram(
         some = shares > 0  # dashes along the axis would say nothing
         axes.plot(middle[some], shares[some], "_", color=INK, markersize=5, label="each seed")
     if start is not None:
-        axes.axvline(start, **_REFERENCE, label=f"start, {start:g}")
+        axes.axvline(start, **REFERENCE, label=f"start, {start:g}")
     axes.set(xlabel=axis, ylabel="share of values (%)", title=title, xlim=(0, 1), ylim=(0, None))
-    _legend(figure)
+    draw_legend(figure)
     mean = float(np.mean([np.mean(v) for v in values]))
-    return _picture(figure, f"{title}. Histogram of {axis}; mean {mean:.3f}.")
+    return finished(figure, f"{title}. Histogram of {axis}; mean {mean:.3f}.")
 
 
 def over_depth(
@@ -289,7 +230,7 @@ def over_depth(
     """
     import numpy as np
 
-    figure, axes = _canvas(_PANEL)
+    figure, axes = canvas(PANEL)
     x = np.arange(1, len(sites) + 1)
     pooled = [np.concatenate([np.asarray(v, dtype=float) for v in site]) for site in sites]
     low, quarter, median, upper, high = np.array(
@@ -299,68 +240,9 @@ def over_depth(
     axes.vlines(x, quarter, upper, color=BLUE, linewidth=4, label="25 to 75 %")
     axes.plot(x, median, "o", color=VERMILION, markersize=4.5, label="median")
     if start is not None:
-        axes.axhline(start, **_REFERENCE, label=f"start, {start:g}", zorder=0)
+        axes.axhline(start, **REFERENCE, label=f"start, {start:g}", zorder=0)
     axes.set(xlabel="site (number in network order)", ylabel=axis, title=title, ylim=(-0.03, 1.03))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _legend(figure)
+    draw_legend(figure)
     values = f"from {median[0]:.3f} at the first site to {median[-1]:.3f} at the last"
-    return _picture(figure, f"{title}. {axis} at {len(sites)} sites; the median goes {values}.")
-
-
-def _canvas(size: tuple[float, float]) -> tuple[Any, Any]:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        return figure, figure.add_subplot()
-
-
-def _line(axes: Any, line: Curve, index: int, *, band: str | None) -> None:
-    colour, dashes = SERIES[index % len(SERIES)], DASHES[index % len(DASHES)]
-    axes.plot(line.x, line.y, linestyle=dashes, color=colour, label=line.label)
-    if line.errors is not None:
-        low = [y - e for y, e in zip(line.y, line.errors, strict=True)]
-        high = [y + e for y, e in zip(line.y, line.errors, strict=True)]
-        label = None if band is None or index else f"± {band}"
-        axes.fill_between(line.x, low, high, color=colour, alpha=0.2, linewidth=0, label=label)
-
-
-def _legend(figure: Any) -> None:
-    # Below the axes: nothing of the picture can end up behind it.
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9.5, frameon=False, labelcolor=INK)
-
-
-def _picture(figure: Any, alt: str) -> Picture:
-    import io
-
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
-    return Picture(_inline(buffer.getvalue(), alt), alt)
-
-
-def _inline(document: str, alt: str) -> str:
-    """An SVG document as an element of an HTML page: scalable, described, with ids of its own."""
-    import hashlib
-    from html import escape
-
-    body = document[document.index("<svg") :].replace(INK, "currentColor")
-    # The page may set a lighter blue on a dark background; elsewhere the palette's own is used.
-    body = re.sub(BLUE, f"var(--blue, {BLUE})", body, flags=re.IGNORECASE)
-    body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
-    # Ids are global in a page, and matplotlib numbers every figure's from the start.
-    own = hashlib.sha256((body + alt).encode()).hexdigest()[:8]
-    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}-", body)
-    opening = re.match(r"<svg[^>]*>", body)
-    box = re.search(r'viewBox="([^"]+)"', body)
-    if opening is None or box is None:  # matplotlib has changed what it writes
-        raise RuntimeError("expected an <svg> element with a viewBox from matplotlib")
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{box.group(1)}" role="img" aria-label="{escape(alt, quote=True)}">'
-    )
-    return head + body[opening.end() :].strip()
+    return finished(figure, f"{title}. {axis} at {len(sites)} sites; the median goes {values}.")

@@ -11,8 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
+from flexure.report.canvas import Curve, Picture
 from flexure.report.page import Section, write_page
-from flexure.report.plots import Curve, Picture, score_against_beta
+from flexure.report.plots import score_against_beta
 from flexure.report.tables import Table, gain_text, percent, site_table
 
 __all__ = ["SearchLike", "search_page", "search_sections", "search_summary", "verdict"]

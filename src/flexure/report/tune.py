@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from flexure.methods.tune_result import ArmResult, Difference, TuneResult
+from flexure.report.canvas import Curve
 from flexure.report.page import Section, write_page
-from flexure.report.plots import Curve, Estimate, curves, estimates, histogram, over_depth
+from flexure.report.plots import Estimate, curves, estimates, histogram, over_depth
 from flexure.report.search import verdict
 from flexure.report.tables import Table, gain_text, percent, table_of
 from flexure.units.parameterization import saturated_share

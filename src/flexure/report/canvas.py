@@ -1,0 +1,172 @@
+"""What every picture of a report shares: palette, style, canvas, lines, and the way into SVG.
+
+One idea a picture, in the Okabe-Ito palette (safe for colour-blind readers), with shapes and dashes
+that tell the same story as the colours. Ink is `currentColor` and the background is transparent,
+so a picture follows the light or dark page around it. What is drawn is the business of `plots.py`
+and `geometry_plots.py`; pyplot's global state is not touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flexure.contracts import FlexureError
+
+__all__ = [
+    "BLUE",
+    "DASHES",
+    "GREEN",
+    "INK",
+    "MARKERS",
+    "ORANGE",
+    "PANEL",
+    "REFERENCE",
+    "SERIES",
+    "SKY",
+    "VERMILION",
+    "WIDE",
+    "Curve",
+    "Picture",
+    "canvas",
+    "draw_legend",
+    "draw_line",
+    "finished",
+]
+
+# Okabe and Ito (2008), "Color universal design".
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+SKY, PURPLE = "#56B4E9", "#CC79A7"
+SERIES = (BLUE, ORANGE, PURPLE, SKY, GREEN, VERMILION)  # the last two also mark single points
+MARKERS = ("o", "^", "s", "D", "v", "P")
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (8, 2)), (0, (1, 3)))
+# Stands for the page's text colour until the SVG is written; no picture uses it otherwise.
+INK = "#010203"
+
+_STYLE: dict[str, Any] = {
+    "axes.edgecolor": INK,
+    "axes.facecolor": "none",
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10.5,
+    "figure.facecolor": "none",
+    "font.family": "DejaVu Sans",  # ships with matplotlib: the same picture on every machine
+    "font.size": 10.5,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "lines.linewidth": 2.0,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "flexure",  # the same numbers give the same bytes
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+REFERENCE: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (6, 3))}
+WIDE = (5.6, 3.9)  # inches; the page scales it between a phone's width and its own column
+PANEL = (3.6, 3.3)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture.
+
+    Attributes:
+        svg: an `<svg>` element for use inside an HTML page.
+        alt: what it shows, in words, for readers who do not see it.
+    """
+
+    svg: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a plot; equally long sequences.
+
+    Attributes:
+        label: what the line is, for the legend.
+        x: positions.
+        y: values, in the unit of the plot's y axis.
+        errors: half-width of the band around `y` (one standard error), or nothing.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    errors: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.x), len(self.y), len(self.x if self.errors is None else self.errors)}
+        if len(lengths) != 1 or not len(self.x):
+            raise FlexureError(
+                f"expected x, y and errors of one length above 0 for the curve {self.label!r}, "
+                f"got {len(self.x)}, {len(self.y)} and "
+                f"{'none' if self.errors is None else len(self.errors)}"
+            )
+
+
+def canvas(size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure of a size in inches, and its axes, in the style of all pictures."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        return figure, figure.add_subplot()
+
+
+def draw_line(axes: Any, line: Curve, index: int, *, band: str | None) -> None:
+    """Draws the index-th line of a picture; `band` says in the legend what its errors are."""
+    colour, dashes = SERIES[index % len(SERIES)], DASHES[index % len(DASHES)]
+    axes.plot(line.x, line.y, linestyle=dashes, color=colour, label=line.label)
+    if line.errors is not None:
+        low = [y - e for y, e in zip(line.y, line.errors, strict=True)]
+        high = [y + e for y, e in zip(line.y, line.errors, strict=True)]
+        label = None if band is None or index else f"± {band}"
+        axes.fill_between(line.x, low, high, color=colour, alpha=0.2, linewidth=0, label=label)
+
+
+def draw_legend(figure: Any) -> None:
+    """Writes the legend."""
+    # Below the axes: nothing of the picture can end up behind it.
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9.5, frameon=False, labelcolor=INK)
+
+
+def finished(figure: Any, alt: str) -> Picture:
+    """The figure as a picture; `alt` is what it shows, in words."""
+    import io
+
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    return Picture(_inline(buffer.getvalue(), alt), alt)
+
+
+def _inline(document: str, alt: str) -> str:
+    """An SVG document as an element of an HTML page: scalable, described, with ids of its own."""
+    import hashlib
+    from html import escape
+
+    body = document[document.index("<svg") :].replace(INK, "currentColor")
+    # The page may set a lighter blue on a dark background; elsewhere the palette's own is used.
+    body = re.sub(BLUE, f"var(--blue, {BLUE})", body, flags=re.IGNORECASE)
+    body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
+    # Ids are global in a page, and matplotlib numbers every figure's from the start.
+    own = hashlib.sha256((body + alt).encode()).hexdigest()[:8]
+    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}-", body)
+    opening = re.match(r"<svg[^>]*>", body)
+    box = re.search(r'viewBox="([^"]+)"', body)
+    if opening is None or box is None:  # matplotlib has changed what it writes
+        raise RuntimeError("expected an <svg> element with a viewBox from matplotlib")
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{box.group(1)}" role="img" aria-label="{escape(alt, quote=True)}">'
+    )
+    return head + body[opening.end() :].strip()
