@@ -35,6 +35,7 @@ __all__ = [
     "ctu_curvature_bound",
     "ctu_slope",
     "ctu_slope_range",
+    "follows",
 ]
 
 BALANCED = "balanced"
@@ -78,6 +79,9 @@ def ctu(
     """
     beta, c = _as_dials(beta, c)
     _check_input(x)
+    if follows(x):
+        _check_shapes(x, beta, c)
+        return cast(Tensor, cast(Any, x).unit("ctu", x, beta, c, inplace=inplace))
     if _use_plain(x, beta, c):
         _check_shapes(x, beta, c)
         y = plain.ctu(x.clone() if inplace else x, beta, c)
@@ -111,6 +115,9 @@ def centered_softplus(x: Tensor, beta: float | Tensor) -> Tensor:
     if not isinstance(beta, Tensor):
         beta = _number("beta", beta, math.inf)
     _check_input(x)
+    if follows(x):
+        _check_shapes(x, beta)
+        return cast(Tensor, cast(Any, x).unit("centered_softplus", x, beta))
     if _use_plain(x, beta):
         _check_shapes(x, beta)
         return plain.centered_softplus(x, beta)
@@ -181,6 +188,15 @@ def check_dial(beta: float | Tensor, c: float | Tensor | str = 0.5) -> None:
             if not bool(inside.all()):
                 worst = dial.detach()[~inside].flatten()[0].item()
                 raise _out_of_range(name, worst, 1.0)
+
+
+def follows(x: Tensor) -> bool:
+    """Whether `x` is of a tensor class with rules of its own for units: a method `unit`.
+
+    It is called as `unit(name, x, *dials)`, once for the whole unit, so that the class need not
+    see through the formulas; `"ctu"` has the keyword `inplace` besides.
+    """
+    return type(x) is not Tensor and hasattr(type(x), "unit")
 
 
 class _CTU(torch.autograd.Function):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from flexure.units.functional import balanced_c
+from flexure.units.functional import balanced_c, follows
 
 __all__ = ["light_max_pool2d", "max_pool_ctu", "soft_maximum"]
 
@@ -36,6 +36,8 @@ def soft_maximum(pieces: Tensor, beta: float | Tensor, c: float | Tensor | str =
         `(...)`, in the pieces' dtype.
     """
     mixture = balanced_c(beta) if isinstance(c, str) else c
+    if follows(pieces):
+        return cast(Tensor, cast(Any, pieces).unit("soft_maximum", pieces, beta, mixture))
     a = pieces.to(torch.promote_types(pieces.dtype, torch.float32))
     top = a.amax(-1, keepdim=True)
     beta, mixture = (torch.as_tensor(v, dtype=a.dtype, device=a.device) for v in (beta, mixture))

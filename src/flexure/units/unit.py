@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flexure.contracts import SiteError
 from flexure.units.catalogue import SPECS, over_axis_one
-from flexure.units.functional import check_dial, ctu
+from flexure.units.functional import check_dial, ctu, follows
 from flexure.units.pooling import max_pool_ctu
 from flexure.units.wide import kept_wide
 
@@ -209,6 +209,9 @@ def _capped(unit: CTU, x: Tensor, inplace: bool, params: Mapping[str, Any]) -> T
     # CTU(x) − CTU(x−cap) cancels for large x. It is symmetric about (cap/2, cap/2), since
     # CTU(v) − CTU(−v) = v: the lower half serves both. In place, backward must find the input.
     wide = _wide(x, copy=inplace)
+    if follows(wide):  # it sees no branch on values
+        y = (unit.phi(wide) - unit.phi(wide - cap)).to(x.dtype)
+        return x.copy_(y) if inplace else y
     upper = wide > cap / 2
     v = torch.where(upper, cap - wide, wide)
     half = unit.phi(v) - unit.phi(v - cap)
