@@ -1,0 +1,379 @@
+"""What must hold before second derivatives can be trusted, and the refusals where it does not.
+
+A Lanczos residual cannot see a wrong product: layers without double backward give none, or a wrong
+one, silently; BatchNorm that uses batch statistics couples samples; noise changes the field between
+two products. All of it is found here, on a few samples in float64. Fields and their inputs and
+labels are those of `measure/fields.py`.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flexure.contracts import FlexureError
+from flexure.measure.wide import in_float64
+
+__all__ = [
+    "Product",
+    "ScalarField",
+    "check_field",
+    "double_backward",
+    "twice_differentiable",
+    "unchanged_randomness",
+]
+
+ScalarField: TypeAlias = Callable[[Tensor], Tensor]
+"""(n, *shape) inputs -> (n,) values, for any n."""
+
+Product: TypeAlias = Callable[[ScalarField, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Field, (n, *shape) inputs and vectors -> (n,) values, gradients and Hessian-vector products."""
+
+SAMPLES = 4
+"""Samples that are checked. SPEC.md allows 8; two step sizes make 4 as sure at half the cost."""
+
+STEP = 1e-6
+"""Length of the step, relative to the root mean square of a sample's input.
+
+Larger ones cross ReLU kinks (SPEC.md, section 2).
+"""
+
+SHORTER = 4.0
+"""By how much the second step is shorter. Noise and kinks change a difference by this factor."""
+
+TOLERANCE = 0.01
+"""Relative disagreement at which a derivative is wrong (SPEC.md, section 2)."""
+
+CONSISTENT = 0.1
+"""A difference quotient accuses only where its own two versions are this much closer."""
+
+ROUNDING = 100 * torch.finfo(torch.float64).eps
+"""Relative rounding error of a gradient that is never held against a product."""
+
+UNSTABLE = 1e-9, 1e-5
+"""A value's change with its batch that counts, relative to the values, and to |x|·‖gradient‖."""
+
+
+def check_field(
+    bind: Callable[[Tensor], ScalarField],
+    x: Tensor,
+    *,
+    model: nn.Module | None = None,
+    generator: Generator | None = None,
+    product: Product | None = None,
+    samples: int = SAMPLES,
+) -> None:
+    """Refuses a field whose derivatives cannot be trusted; a field that passes is left as it was.
+
+    On at most `samples` of the inputs, in float64, the Hessian-vector product Hv of a random v is
+    compared with (∇f(x+hv) − ∇f(x−hv))/2h, ∇f·v with (f(x+hv) − f(x−hv))/2h, and f(x) with its
+    values in other batches. A difference quotient counts only if a four times shorter step
+    confirms it, so that neither rounding nor the kinks of ReLU networks accuse correct ones.
+
+    The float64 copy is made by handing `model` other parameters and buffers for the time of the
+    call, which reaches fields that are closures over it; float32 constants, factories and casts
+    inside become float64 as well. The global random generators are put back.
+
+    Args:
+        bind: (n,) int64 indices of samples, possibly repeated -> the field of just these samples
+            (with their labels). A field without labels is the same for all.
+        x: (B, *shape) floating-point inputs.
+        model: the module whose parameters the field uses, in the mode that it is measured in.
+        generator: of the CPU, for v.
+        product: how products are computed; default: `double_backward`.
+        samples: how many are checked at most.
+
+    Raises:
+        FlexureError: second derivatives are missing or wrong; gradients are not those of the
+            field; the field is random; a sample's value depends on the other samples; the field
+            is not finite, or not one value a sample; it cannot be computed in float64.
+    """
+    rows = torch.linspace(0, len(x) - 1, min(samples, len(x))).long()
+    with unchanged_randomness(x.device), twice_differentiable(), torch.enable_grad():
+        check = _Check(bind, x.detach()[rows.to(x.device)], rows, product or double_backward)
+        in_float64(model, lambda: check.run(generator))
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Inside, attention is computed by operators that have second derivatives."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def unchanged_randomness(device: torch.device) -> Iterator[None]:
+    """Puts back what is drawn inside from the global generators of torch, Python and NumPy."""
+    state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy else None
+    kind = "cuda" if device.type == "cpu" else device.type
+    devices = [] if device.type == "cpu" else [device]
+    try:
+        with torch.random.fork_rng(devices, device_type=kind):
+            yield
+    finally:
+        random.setstate(state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
+def double_backward(field: ScalarField, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, gradients and Hessian-vector products of a field, by reverse over reverse.
+
+    Args:
+        field: what is differentiated; samples must not depend on each other.
+        x: (n, *shape) inputs.
+        v: (n, *shape) vectors.
+
+    Returns:
+        (n,) values, (n, *shape) gradients, (n, *shape) products; zeros where there is no graph,
+        as for a field that is affine.
+    """
+    x = x.detach().requires_grad_()
+    values = field(x)
+    gradient = _gradient(values, x, create_graph=True)
+    if not gradient.requires_grad:
+        return values.detach(), gradient, torch.zeros_like(x)
+    (product,) = torch.autograd.grad(gradient, x, v, allow_unused=True)
+    if product is None:
+        product = torch.zeros_like(x)
+    return values.detach(), gradient.detach(), product.detach()
+
+
+@dataclass(frozen=True)
+class _Quotients:
+    """Difference quotients of a field along one direction for each of n samples.
+
+    Attributes:
+        along: (n, *shape) the directions as rounding left them.
+        middle: (n,) means of the values on both sides.
+        slope: (n, 1) of the values.
+        change: (n, d) of the gradients.
+    """
+
+    along: Tensor
+    middle: Tensor
+    slope: Tensor
+    change: Tensor
+
+
+@dataclass(frozen=True)
+class _Check:
+    """The samples that are checked, and the checks.
+
+    Attributes:
+        bind: rows -> field.
+        x: (n, *shape) the inputs.
+        rows: (n,) their indices in the batch.
+        product: how products are computed.
+    """
+
+    bind: Callable[[Tensor], ScalarField]
+    x: Tensor
+    rows: Tensor
+    product: Product
+
+    def run(self, generator: Generator | None) -> None:
+        """All checks; parameters are in float64 by now."""
+        x = self.x.double()
+        size = x.flatten(1).square().mean(1, keepdim=True).sqrt()
+        step = STEP * torch.where(size > 0, size, 1.0)
+        v = torch.randn(x.flatten(1).shape, generator=generator, dtype=torch.float64).to(x.device)
+        v = (v / v.norm(dim=1, keepdim=True)).view_as(x)
+        first = self._quotients(x, v, step)
+        values, gradient, product = self._products(x, first.along)
+        steepness = gradient.norm(dim=1, keepdim=True)
+        drift = (values - first.middle).abs()
+        if (drift > _allowed(values) + UNSTABLE[1] * (size * steepness)[:, 0]).any():
+            self._refuse_unstable(x)
+        slope = (gradient * first.along.flatten(1)).sum(1, keepdim=True)
+        gradients = _Pair(first.slope, slope, 0 * step)
+        products = _Pair(first.change, product, ROUNDING * steepness / step)
+        if gradients.wrong.any() or products.wrong.any():
+            shorter = self._quotients(x, v, step / SHORTER)
+            gradients.refuse_most(shorter.slope, _NOT_ITS_GRADIENT)
+            products.refuse_most(shorter.change, _NOT_ITS_PRODUCT)
+
+    def _quotients(self, x: Tensor, v: Tensor, step: Tensor) -> _Quotients:
+        """Central differences, one batch for each half of the samples.
+
+        Other batches than those of the products show whether samples depend on each other.
+        """
+        each = (-1, *[1] * (x.dim() - 1))
+        up, down = x + step.view(each) * v, x - step.view(each) * v
+        parts = []
+        for rows in torch.arange(len(x)).chunk(2):
+            values, gradients = self._gradients(torch.cat([up[rows], down[rows]]), rows.repeat(2))
+            parts.append((*values.chunk(2), *gradients.chunk(2)))
+        high, low, high_gradient, low_gradient = map(torch.cat, zip(*parts, strict=True))
+        return _Quotients(
+            along=(up - down) / (2 * step.view(each)),
+            middle=(high + low) / 2,
+            slope=(high - low)[:, None] / (2 * step),
+            change=(high_gradient - low_gradient) / (2 * step),
+        )
+
+    def _gradients(self, x: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
+        """(k,) values and (k, d) gradients at float64 inputs that belong to the samples `of`."""
+        x = x.detach().requires_grad_()
+        values = self._values(x, of)
+        try:
+            gradient = _gradient(values, x, create_graph=False)
+        except Exception as error:
+            raise FlexureError(
+                f"expected a field that can be differentiated, got {_told(error)}; use operations "
+                f"that have derivatives"
+            ) from error
+        return values.detach(), gradient.flatten(1)
+
+    def _products(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(n,) values, (n, d) gradients and products of all samples, in one batch."""
+        try:
+            values, gradient, product = self.product(self.bind(self.rows), x, v)
+        except Exception as error:
+            raise FlexureError(
+                f"expected a field with second derivatives, got {_told(error)}; {_REMEDY}"
+            ) from error
+        return values.detach(), gradient.detach().flatten(1), product.detach().flatten(1)
+
+    def _values(self, x: Tensor, of: Tensor) -> Tensor:
+        """(k,) the field; errors of the float64 copy alone are told from the field's own."""
+        field = self.bind(self.rows[of])
+        try:
+            values = field(x)
+        except Exception as error:
+            raise FlexureError(
+                f"expected a field of any number of samples that can be computed in float64 with "
+                f"its model in float64 (the check of second derivatives needs both), got "
+                f"{_told(error)}; take sizes and dtypes from the input, and pass the model that "
+                f"the field uses"
+            ) from error
+        if not isinstance(values, Tensor) or values.shape != x.shape[:1]:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise FlexureError(
+                f"expected a field that gives one value for each of {len(x)} samples, "
+                f"({len(x)},), got {got}; reduce over everything but the samples"
+            )
+        finite = values.detach().isfinite()
+        if not finite.all():
+            bad = sorted(set(self.rows[of][~finite.cpu()].tolist()))
+            raise FlexureError(
+                f"expected finite values of the field, got others for the samples {bad}; mend the "
+                f"model, or leave them out"
+            )
+        return values
+
+    def _refuse_unstable(self, x: Tensor) -> None:
+        """Raises where values change by chance, or with the batch that they are computed in."""
+        whole = torch.arange(len(x))
+        with torch.no_grad():
+            values, same = self._values(x, whole), self._values(x, whole)
+            halves = torch.cat([self._values(x[half], half) for half in whole.chunk(2)])
+        if ((values - same).abs() > _allowed(values)).any():
+            raise FlexureError(
+                f"expected the same values in every evaluation, got a difference of up to "
+                f"{(values - same).abs().max():.3g} between two; switch off what is still random "
+                f"in eval mode (functional dropout needs training=self.training, noise, random "
+                f"augmentation)"
+            )
+        if ((values - halves).abs() > _allowed(values)).any():
+            raise FlexureError(
+                f"expected a field where no sample depends on another, got values that change by "
+                f"up to {(values - halves).abs().max():.3g} with the rest of the batch; normalise "
+                f"with running statistics in eval mode, and let nothing else act across samples"
+            )
+
+
+_REMEDY = (
+    "replace what has no double backward (an autograd.Function whose backward is not itself "
+    "differentiable, .detach() or .data inside, a compiled model, cuDNN's recurrent layers)"
+)
+
+_NOT_ITS_PRODUCT = (
+    "expected Hessian-vector products within 1 % of a difference quotient of the gradient, got a "
+    "disagreement of {worst:.3g} (relative) in {count} of {total} samples: the second derivative "
+    f"is missing or wrong; {_REMEDY}"
+)
+
+_NOT_ITS_GRADIENT = (
+    "expected gradients within 1 % of a difference quotient of the field, got a disagreement of "
+    "{worst:.3g} (relative) in {count} of {total} samples: the backward pass is not the derivative "
+    "of the forward pass; remove straight-through estimators, .detach(), .data and no_grad"
+)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A derivative and the difference quotient that it is held against.
+
+    Attributes:
+        quotient: (n, d).
+        derivative: (n, d).
+        noise: (n, 1) how far rounding alone may move the quotient.
+    """
+
+    quotient: Tensor
+    derivative: Tensor
+    noise: Tensor
+
+    @property
+    def larger(self) -> Tensor:
+        """(n,) the larger norm of the two."""
+        return torch.maximum(self.quotient.norm(dim=1), self.derivative.norm(dim=1))
+
+    @property
+    def apart(self) -> Tensor:
+        """(n,) the norm of the difference."""
+        return (self.quotient - self.derivative).norm(dim=1)
+
+    @property
+    def wrong(self) -> Tensor:
+        """(n,) bool, where they disagree."""
+        return self.apart > TOLERANCE * self.larger + self.noise[:, 0]
+
+    def refuse_most(self, shorter: Tensor, message: str) -> None:
+        """Raises if most of the samples that can tell are wrong.
+
+        Samples cannot tell where both sides are zero, and where the quotient of a shorter step
+        (n, d) is too different to be sure of it.
+        """
+        sure = (self.quotient - shorter).norm(dim=1) <= CONSISTENT * self.apart
+        accused = self.wrong & sure
+        agreeing = ~self.wrong & (self.larger > self.noise[:, 0])
+        if accused.sum() > agreeing.sum():
+            worst = (self.apart / self.larger)[accused].max()
+            raise FlexureError(
+                message.format(worst=worst, count=int(accused.sum()), total=len(accused))
+            )
+
+
+def _gradient(values: Tensor, x: Tensor, *, create_graph: bool) -> Tensor:
+    """Of the sum, which is each sample's own gradient; zeros where there is no graph."""
+    if not values.requires_grad:
+        return torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(values.sum(), x, create_graph=create_graph, allow_unused=True)
+    return torch.zeros_like(x) if gradient is None else gradient
+
+
+def _allowed(values: Tensor) -> Tensor:
+    """How much a value may change by rounding alone."""
+    return values.abs().max() * UNSTABLE[0]
+
+
+def _told(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
