@@ -34,6 +34,7 @@ __all__ = [
     "primal_of",
     "refused",
     "rule_table",
+    "running_module",
     "with_primals",
 ]
 
@@ -172,6 +173,22 @@ def carriers_in(args: Any) -> Iterator[Carrying]:
 def primal_of(x: Any) -> Any:
     """The plain value of a carrier; anything else is itself."""
     return x.primal if isinstance(x, Carrying) else x
+
+
+def running_module() -> tuple[str, nn.Module] | None:
+    """The innermost module that runs, after its path in the outermost one; None outside modules."""
+    running: list[nn.Module] = []
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self") if frame.f_code.co_argcount else None
+        if isinstance(owner, nn.Module) and (not running or running[-1] is not owner):
+            running.append(owner)
+        frame = frame.f_back
+    if not running:
+        return None
+    inner = running[0]
+    paths = (path for root in reversed(running) for path, m in root.named_modules() if m is inner)
+    return next((path for path in paths if path), ""), inner
 
 
 def with_primals(args: Any) -> Any:
@@ -366,17 +383,9 @@ def _name(func: Any) -> str:
 
 
 def _running_module() -> str:
-    """The innermost module that runs, with its path in the outermost one."""
-    running: list[nn.Module] = []
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self") if frame.f_code.co_argcount else None
-        if isinstance(owner, nn.Module) and (not running or running[-1] is not owner):
-            running.append(owner)
-        frame = frame.f_back
-    if not running:
+    """What a user calls the innermost module that runs."""
+    found = running_module()
+    if found is None:
         return ""
-    inner = running[0]
-    paths = (path for root in reversed(running) for path, m in root.named_modules() if m is inner)
-    path = next((path for path in paths if path), "")
-    return f"module {path!r} ({type(inner).__name__})" if path else type(inner).__name__
+    path, module = found
+    return f"module {path!r} ({type(module).__name__})" if path else type(module).__name__
