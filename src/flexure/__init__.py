@@ -49,6 +49,7 @@ __all__ = [
     "SiteReport",
     "SteeredProbe",
     "Steering",
+    "Summary",
     "TrainableCT",
     "TuneResult",
     "adapt",
@@ -57,6 +58,7 @@ __all__ = [
     "load_adapter",
     "load_data",
     "load_model",
+    "over",
     "recipes",
     "report",
     "search_beta",
@@ -67,7 +69,9 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Summary": "measure.over",
     "TuneResult": "methods.tune_result",
+    "over": "measure.over",
     "recipes": None,
     "report": None,
     "tune": "methods.tune",

@@ -8,10 +8,12 @@ of one, ends all of them instead of leaving the others waiting.
 from __future__ import annotations
 
 import os
+import pickle
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from torch import Tensor
 from flexure.contracts import DataError, FlexureError
 
 __all__ = ["Processes", "current_processes"]
+
+_Value = TypeVar("_Value")
 
 _BUCKET = 2**23
 """Elements sent at once (32 MiB of float32): enough to hide the latency, little to hold twice."""
@@ -137,6 +141,30 @@ class Processes:
         if self.count > 1:
             given = self._met("a copy", tensors)
             _in_buckets(given, lambda flat: torch.distributed.broadcast(flat, 0), self.device)
+
+    def gathered(self, value: _Value, what: str) -> list[_Value]:
+        """The values of all processes, in their order.
+
+        Args:
+            value: what can be pickled; its tensors should be on the CPU.
+            what: it is, in words: processes that gather something else at the time end all.
+
+        Raises:
+            FlexureError: it cannot be pickled.
+        """
+        if self.count == 1:
+            return [value]
+        try:  # before the others wait for it
+            given = pickle.dumps(value)
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            raise FlexureError(
+                f"expected {what} that can be sent to other processes, got: {error}; define their "
+                f"classes at the top of a module"
+            ) from error
+        self._meet(f"gathering {what}")
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, given)
+        return [pickle.loads(each) for each in found]
 
     def wait(self) -> None:
         """Returns when every process is here."""
