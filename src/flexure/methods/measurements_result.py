@@ -6,14 +6,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flexure.methods.paired import PairedDifference
+from flexure.methods.paired import QuantityDifference, QuantityEstimate
 from flexure.record import to_json
 
 if TYPE_CHECKING:
     from flexure.measure.bounds import HessianBound
     from flexure.measure.over import Summary
 
-__all__ = ["Measurements", "ModelMeasurements"]
+__all__ = ["Measurements", "ModelMeasurements", "Row"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        label: the quantity, its statistic, and which setting where there are several.
+        estimates: of each model; None for one that does not have it.
+        difference: of the first to the second; None without one.
+    """
+
+    label: str
+    estimates: tuple[QuantityEstimate | None, ...]
+    difference: QuantityDifference | None
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,7 @@ class ModelMeasurements:
         summaries: measure -> its values over the samples, for the measures that were asked for
             and that the model allows; each `.result` has one row a sample, in the order of the
             data, so that the rows of two measures belong to the same samples.
+        estimates: what the summaries come to: each quantity of each of them with its interval.
         bound: the data-free bound of the Hessian norm; None where it was refused or not asked for.
         looseness: that bound over the largest Hessian norm that was measured; None without both.
         refusals: measure -> why the model does not have it, and what would help; one line.
@@ -36,6 +52,7 @@ class ModelMeasurements:
     name: str
     samples: int
     summaries: Mapping[str, Summary[Any]]
+    estimates: tuple[QuantityEstimate, ...] = ()
     bound: HessianBound | None = None
     looseness: float | None = None
     refusals: Mapping[str, str] = field(default_factory=dict)
@@ -76,7 +93,7 @@ class Measurements:
     """
 
     models: tuple[ModelMeasurements, ...]
-    differences: tuple[PairedDifference, ...]
+    differences: tuple[QuantityDifference, ...]
     notes: tuple[str, ...]
     settings: Mapping[str, Any]
 
@@ -85,10 +102,61 @@ class Measurements:
         """Labelled samples that were given."""
         return self.models[0].samples
 
-    def differences_of(self, measure: str) -> tuple[PairedDifference, ...]:
+    def rows(self) -> list[Row]:
+        """The table of all quantities."""
+        # The order of the first model, and what only the second one has.
+        known = {_key(one): one for model in self.models for one in model.estimates}
+        found = [{_key(one): one for one in model.estimates} for model in self.models]
+        differences = {_key(one): one for one in self.differences}
+        return [
+            Row(_label(known[key]), tuple(of.get(key) for of in found), differences.get(key))
+            for key in known
+        ]
+
+    def differences_of(self, measure: str) -> tuple[QuantityDifference, ...]:
         """Those of one measure."""
         return tuple(one for one in self.differences if one.measure == measure)
+
+    def __str__(self) -> str:
+        head = ["", *(model.name for model in self.models)]
+        head += ["difference"] if len(self.models) > 1 else []
+        cells = [
+            [row.label, *(_text(cell) for cell in (*row.estimates, row.difference))][: len(head)]
+            for row in self.rows()
+        ]
+        cells += self._bound_cells()
+        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in (head, *cells)
+        ]
+        told = f"{self.samples} samples; 95 % intervals over samples in brackets"
+        return "\n".join([told, *lines, *(f"Note: {note}" for note in self.notes)])
+
+    def _bound_cells(self) -> list[list[str]]:
+        if all(model.bound is None for model in self.models):
+            return []
+        bounds = [None if m.bound is None else float(m.bound.cross_entropy) for m in self.models]
+        loose = [model.looseness for model in self.models]
+        empty = [""] if len(self.models) > 1 else []
+        return [
+            [label, *("–" if v is None else f"{v:.4g}" for v in values), *empty]
+            for label, values in (("bound of the Hessian norm", bounds), ("its looseness", loose))
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in JSON terms, every sample's values included."""
         return {name: to_json(getattr(self, name)) for name in self.__dataclass_fields__}
+
+
+def _key(one: QuantityEstimate) -> tuple[str, str, str, float | None]:
+    return one.measure, one.quantity, one.statistic, one.at
+
+
+def _label(one: QuantityEstimate) -> str:
+    place = "" if one.at is None else f" {one.at:g}"
+    return f"{one.label}{place}, {one.statistic}"
+
+
+def _text(cell: QuantityEstimate | None) -> str:
+    return "–" if cell is None else str(cell)
