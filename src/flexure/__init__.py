@@ -17,6 +17,7 @@ from flexure.contracts import (
     SiteError,
 )
 from flexure.data import load_data
+from flexure.measure.curvature import Curvature, curvature
 from flexure.methods.adapt import Adaptation, adapt
 from flexure.methods.adaptations import adaptations
 from flexure.methods.baselines import FullFinetune, LinearProbe, SteeredProbe
@@ -37,6 +38,7 @@ __all__ = [
     "AdapterError",
     "AddressError",
     "BetaSearch",
+    "Curvature",
     "DataError",
     "FlexureError",
     "FullFinetune",
@@ -54,6 +56,7 @@ __all__ = [
     "TuneResult",
     "adapt",
     "adaptations",
+    "curvature",
     "fit",
     "load_adapter",
     "load_data",

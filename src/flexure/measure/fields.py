@@ -1,0 +1,250 @@
+"""Per-sample scalar fields: what a measure differentiates, from a model and a target.
+
+A `Field` maps the inputs (B, *shape) to (B,) values, one of each sample alone. For a classifier it
+is the margin m, of which the cross-entropy is softplus(−m): derivatives of m do not cancel where
+those of the loss do. `measuring` is the state in which every measure calls models. Nothing is
+differentiated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexure.calling import call_model, evaluating, logits_of, map_tensors
+from flexure.contracts import FlexureError
+from flexure.measure.checks import twice_differentiable
+
+__all__ = ["Field", "margin", "measuring", "point_of", "scalar_field"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """A scalar field on B samples, at hand with its point x.
+
+    `field(x)` are its (B,) values at any (B, *shape) x; call it inside `measuring`. Sample i's
+    target and other inputs stay those of sample i.
+
+    Attributes:
+        x: (B, *shape) floating point, without a graph: what is differentiated with respect to.
+        is_margin: whether the values are margins m of a classifier, the loss being softplus(−m)
+            and its gradient −σ(−m)·∇m; otherwise the field is itself what is measured.
+        target: (B,) labels, targets of the output's shape, or None.
+    """
+
+    x: Tensor
+    is_margin: bool
+    target: Tensor | None
+    _values: Callable[[Any, Any], Tensor]
+    _example: Any
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The values at x.
+
+        Args:
+            x: (B, *shape), of any dtype and device that the model takes.
+
+        Returns:
+            (B,) values.
+
+        Raises:
+            FlexureError: the values are not one a sample.
+        """
+        example = map_tensors(self._example, lambda leaf: x if leaf is self.x else leaf)
+        values = self._values(example, self.target)
+        if values.shape != (len(x),):
+            raise FlexureError(
+                f"expected a field with one value for each of {len(x)} samples, got shape "
+                f"{tuple(values.shape)}; return a tensor of shape ({len(x)},)"
+            )
+        return values
+
+    def taken(self, rows: Tensor | slice) -> Field:
+        """The field of some of the samples."""
+        batch, x = len(self.x), self.x[rows]
+
+        def part(leaf: Tensor) -> Tensor:
+            if leaf is self.x:
+                return x
+            return leaf[rows] if leaf.dim() and len(leaf) == batch else leaf
+
+        target = None if self.target is None else self.target[rows]
+        return replace(self, x=x, target=target, _example=map_tensors(self._example, part))
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """m = z_y − z_k − log1p(Σ_{j≠y,k} exp(z_j − z_k)), k the strongest wrong class: (B,).
+
+    The log-odds of the label: cross-entropy is softplus(−m), the label's probability σ(m). Exact
+    to rounding for confidently right and wrong samples alike, where logsumexp over all classes
+    cancels.
+
+    Args:
+        logits: (B, K), K >= 2.
+        y: (B,) int64 labels.
+    """
+    own = y[:, None]
+    wrong = logits.scatter(1, own, -torch.inf)
+    strongest, k = wrong.max(1, keepdim=True)
+    rest = (logits - strongest).scatter(1, own, -torch.inf).scatter(1, k, -torch.inf)
+    return (logits.gather(1, own) - strongest).squeeze(1) - torch.log1p(rest.exp().sum(1))
+
+
+def scalar_field(
+    model: nn.Module | Callable[..., Any],
+    x: Any,
+    y: Tensor | None = None,
+    *,
+    field: Callable[[Tensor], Tensor] | None = None,
+) -> Field:
+    """The field that a measure of `model` with the target `y` is about.
+
+    - `y` holds integers: the margin of these labels (see `margin`).
+    - `y` is None: a model with one output a sample gives that output (regression); otherwise the
+      label is the predicted class, held fixed.
+    - `y` holds floats: half the squared error, ½·Σ(output − y)², for each sample.
+    - `field` is given: that, whatever the model is; it may close over the model.
+
+    Call it inside `measuring`, on the device of the model.
+
+    Args:
+        model: a network, or any callable that gives outputs (or an object with `.logits`).
+        x: an `Example` with exactly one floating-point tensor, which is the point. Other tensors
+            (masks, positions) are held.
+        y: (B,) labels, or targets of the output's shape.
+        field: (B, *shape) -> (B,), differentiable; each sample's value depends on it alone.
+
+    Raises:
+        FlexureError: no field can be made of these; the message says what to do.
+    """
+    given = point_of(x)
+    point = given.clone() if given.is_inference() else given.detach()
+    x = map_tensors(x, lambda leaf: point if leaf is given else leaf)
+    if field is not None:
+        return Field(point, False, None, lambda example, _: field(point_of(example)), x)
+    if y is not None and len(y) != len(point):
+        raise FlexureError(
+            f"expected one target for each of {len(point)} samples, got {len(y)}; give y of the "
+            f"same batch"
+        )
+    target = None if y is None else y.detach().to(point.device)
+
+    def outputs(example: Any) -> Tensor:
+        return logits_of(call_model(model, example))  # type: ignore[arg-type]
+
+    if target is None:
+        with torch.no_grad():
+            z = outputs(x)
+        if z.dim() == 1 or z.shape[1:] == (1,):
+            return Field(point, False, None, lambda example, _: outputs(example).flatten(), x)
+        target = _checked(z, None).argmax(1)
+    elif target.is_floating_point():
+        return Field(point, False, target, lambda example, y: _error(outputs(example), y), x)
+    else:
+        target = target.long()
+    return Field(
+        point, True, target, lambda example, y: margin(_checked(outputs(example), y), y), x
+    )
+
+
+@contextmanager
+def measuring(model: Any) -> Iterator[None]:
+    """The state in which measures call a model; everything is put back at the end.
+
+    Eval mode, parameters without gradients (the input's are what is asked for), autocast off,
+    grad mode on, and scaled-dot-product attention by its MATH backend, the only one that can be
+    differentiated twice.
+
+    Args:
+        model: a module, or anything else, which is left alone.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(twice_differentiable())
+        if isinstance(model, nn.Module):
+            stack.enter_context(evaluating(model))
+            stack.enter_context(_constant(model))
+        yield
+
+
+@contextmanager
+def _constant(model: nn.Module) -> Iterator[None]:
+    """Parameters that need no gradient: graphs are smaller, and products cheaper."""
+    needed = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in needed:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in needed:
+            parameter.requires_grad_(True)
+
+
+def point_of(x: Any) -> Tensor:
+    """The one floating-point tensor of an example."""
+    found: list[Tensor] = []
+
+    def note(leaf: Tensor) -> Tensor:
+        if leaf.is_floating_point():
+            found.append(leaf)
+        return leaf
+
+    map_tensors(x, note)
+    if len(found) != 1:
+        raise FlexureError(
+            f"expected an example with exactly one floating-point tensor, got {len(found)}; give "
+            f"one input to differentiate with respect to (for token models inputs_embeds=..., for "
+            f"several inputs a function that closes over the others)"
+        )
+    point = found[0]
+    if point.dtype.itemsize < 4:
+        raise FlexureError(
+            f"expected inputs of float32 or float64, got {point.dtype}: second derivatives drown "
+            f"in its rounding; use model.float() and x.float()"
+        )
+    if point.dim() < 2 or not point[:1].numel():
+        raise FlexureError(
+            f"expected inputs (B, *shape) with at least one element a sample, got shape "
+            f"{tuple(point.shape)}; give one row for each sample"
+        )
+    return point
+
+
+def _error(outputs: Tensor, y: Tensor) -> Tensor:
+    """Half the squared error of each sample, which is quadratic in the output."""
+    if y.shape != outputs.shape:
+        raise FlexureError(
+            f"expected targets of the output's shape {tuple(outputs.shape)}, got "
+            f"{tuple(y.shape)}; reshape y (integers are labels of a classifier)"
+        )
+    return (outputs - y).square().reshape(len(outputs), -1).sum(1) / 2
+
+
+def _checked(logits: Tensor, y: Tensor | None) -> Tensor:
+    """Logits of at least two classes, and labels among them."""
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise FlexureError(
+            f"expected logits (B, classes) of at least 2 classes, got shape "
+            f"{tuple(logits.shape)}; give field=, a function of the input with one value a sample"
+        )
+    if y is not None and (y.shape != logits.shape[:1] or _outside(y, logits.shape[1])):
+        raise FlexureError(
+            f"expected (B,) labels from 0 to {logits.shape[1] - 1}, got shape {tuple(y.shape)} "
+            f"from {int(y.min())} to {int(y.max())}; give the labels that the model was trained on"
+        )
+    return logits
+
+
+def _outside(y: Tensor, classes: int) -> bool:
+    return bool(((y < 0) | (y >= classes)).any())
