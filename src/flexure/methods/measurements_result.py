@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -104,13 +105,19 @@ class Measurements:
 
     def rows(self) -> list[Row]:
         """The table of all quantities."""
-        # The order of the first model, and what only the second one has.
-        known = {_key(one): one for model in self.models for one in model.estimates}
+        # The model that has most comes first, so that what others lack stays in its place.
+        complete = sorted(self.models, key=lambda model: -len(model.estimates))
+        known = {_key(one): one for model in complete for one in model.estimates}
+        several = Counter((one.measure, one.quantity, one.at) for one in known.values())
         found = [{_key(one): one for one in model.estimates} for model in self.models]
         differences = {_key(one): one for one in self.differences}
         return [
-            Row(_label(known[key]), tuple(of.get(key) for of in found), differences.get(key))
-            for key in known
+            Row(
+                _label(one, several[one.measure, one.quantity, one.at] > 1),
+                tuple(of.get(key) for of in found),
+                differences.get(key),
+            )
+            for key, one in known.items()
         ]
 
     def differences_of(self, measure: str) -> tuple[QuantityDifference, ...]:
@@ -153,9 +160,9 @@ def _key(one: QuantityEstimate) -> tuple[str, str, str, float | None]:
     return one.measure, one.quantity, one.statistic, one.at
 
 
-def _label(one: QuantityEstimate) -> str:
+def _label(one: QuantityEstimate, several: bool) -> str:
     place = "" if one.at is None else f" {one.at:g}"
-    return f"{one.label}{place}, {one.statistic}"
+    return f"{one.label}{place}" + (f", {one.statistic}" if several else "")
 
 
 def _text(cell: QuantityEstimate | None) -> str:
