@@ -68,7 +68,7 @@ def rounded_up(value: float, operations: int = 4) -> float:
 
 
 def _bounds(a: Tensor, lower: float, iterations: int, tolerance: float) -> tuple[float, float]:
-    """The largest upper bound of a batch's matrices that may exceed `lower`, and the new `lower`."""
+    """The largest upper bound of the matrices that may exceed `lower`, and the new `lower`."""
     power = a @ a.mH if a.shape[1] < a.shape[2] else a.mH @ a
     log_scale = torch.zeros((), dtype=torch.float64, device=a.device)
     upper = torch.full((), math.inf, dtype=torch.float64, device=a.device)

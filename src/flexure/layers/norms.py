@@ -195,7 +195,7 @@ def avg_pool_norm_bounds(
 
 
 def adaptive_avg_pool_norm_bounds(
-    input_size: Sequence[int], output_size: int | None | Sequence[int | None]
+    input_size: Sequence[int], output_size: int | Sequence[int | None] | None
 ) -> NormBounds:
     """All norms of adaptive average pooling, exact; sizes as in PyTorch."""
     if output_size is None or isinstance(output_size, int):

@@ -34,9 +34,8 @@ def module_norm_bounds(module: nn.Module, input_shape: Sequence[int]) -> NormBou
     Raises:
         FlexureError: a module that is not known to be linear.
     """
-    for cls in type(module).__mro__:
-        bounds = LINEAR_MODULES.get(cls)
-        if bounds is not None and type(module).forward is cls.forward:
+    for cls, bounds in LINEAR_MODULES.items():
+        if isinstance(module, cls) and type(module).forward is cls.forward:
             return bounds(module, tuple(input_shape))
     known = ", ".join(sorted(cls.__name__ for cls in LINEAR_MODULES))
     raise FlexureError(

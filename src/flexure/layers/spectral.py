@@ -205,9 +205,10 @@ def _dense_blocks(kernels: Tensor, axes: Sequence[Axis]) -> Iterator[Tensor]:
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(axes) - 1]
     strides, dilations = [a.stride for a in axes], [a.dilation for a in axes]
     for kernel in kernels:
-        images = convolve(basis, kernel, stride=strides, dilation=dilations)  # type: ignore[operator]
-        kept = images[(..., *(slice(axis.windows) for axis in axes))]
-        yield kept.reshape(count, -1).mT[None]
+        images = convolve(basis, kernel, stride=strides, dilation=dilations)
+        for i, axis in enumerate(axes):
+            images = images.narrow(2 + i, 0, axis.windows)
+        yield images.reshape(count, -1).mT[None]
 
 
 def _frequency_blocks(kernels: Tensor, axes: Sequence[Axis]) -> Iterator[Tensor]:
@@ -224,7 +225,7 @@ def _frequency_blocks(kernels: Tensor, axes: Sequence[Axis]) -> Iterator[Tensor]
     flat = kernels.reshape(groups * rows * columns, -1).mT
     frequencies = _half(_grid(coarse.tolist()), coarse)
     step = max(1, CHUNK_ENTRIES // (len(aliases) * flat.shape[1]))
-    for some in frequencies.split(step):
+    for some in torch.split(frequencies, step):
         at = (some[:, None, :] + aliases).reshape(-1, len(axes))
         # Whole turns are taken off in integers: the angles are then accurate to their last digit.
         turns = ((at[:, None, :] * taps) % periods).double() / periods

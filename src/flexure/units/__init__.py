@@ -1,5 +1,12 @@
 """The mathematics of an activation: the unit, its catalogue, its module."""
 
+from flexure.units.bounds import (
+    UnitBounds,
+    centered_softplus_bounds,
+    ctu_bounds,
+    module_unit_bounds,
+    unit_bounds,
+)
 from flexure.units.catalogue import CATALOGUE
 from flexure.units.functional import centered_softplus, ctu
 from flexure.units.parameterization import PARAMETERIZATIONS, Parameterization, saturated_share
@@ -14,8 +21,13 @@ __all__ = [
     "Parameterization",
     "Point",
     "TrainableCTU",
+    "UnitBounds",
     "UnitSpec",
     "centered_softplus",
+    "centered_softplus_bounds",
     "ctu",
+    "ctu_bounds",
+    "module_unit_bounds",
     "saturated_share",
+    "unit_bounds",
 ]

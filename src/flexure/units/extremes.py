@@ -1,0 +1,116 @@
+"""Extreme slopes of CTU, and of what is built from two of them, where there is no closed form.
+
+Each search has a reason why it cannot miss: one crossing of a monotone function, or a bound of the
+next derivative on every interval that is left out. `bounds.py` asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flexure.units import plain
+
+__all__ = ["capped_extremes", "ctu_slope_excess"]
+
+EPS = torch.finfo(torch.float64).eps
+# Where S(u) = s + u·s·(1-s), s = sigmoid(u), is largest, rounded down; it decreases from there.
+SILU_PEAK = 2.3993572
+# Beyond it u·exp(-u) is 0 in float64.
+FAR = 760.0
+# Beyond it |S(u) - 1| and 1 - sigmoid(u) are below 1e-17.
+SETTLED = 45.0
+# Largest |S''|, |S'''|, |sigmoid''| and |sigmoid'''|, rounded up.
+SILU_THIRD, SILU_FOURTH = 0.3089, 0.5001
+SIGMOID_SECOND, SIGMOID_THIRD = 0.09623, 0.1251
+
+
+def ctu_slope_excess(beta: Tensor, c: Tensor) -> Tensor:
+    """The largest slope of CTU minus 1, for every (beta, c); minus the smallest slope.
+
+    With `u = eta·x > 0` the slope is `1 + h(u)`, `h = c·(S(u) - 1) - (1-c)·sigmoid(-u/beta)`. Both
+    terms rise up to u0, where S is largest. From there on h' = 0 where `r(u) = (1-c)/c`, with
+    `r = beta·(u·tanh(u/2) - 2)·cosh²(u/(2·beta))/cosh²(u/2)`, a product of rising factors: the
+    maximum is alone, and bisection finds it. beta = 0 is affine plus softplus: `-c/2`.
+
+    Args:
+        beta: in [0, 1], float64.
+        c: in [0, 1], float64, of the same shape.
+
+    Returns:
+        Of that shape, rounded up.
+    """
+    width = torch.where(beta > 0, beta, 1.0)
+    wanted = torch.log1p(-c) - c.log()
+    low, high = torch.full_like(beta, SILU_PEAK), torch.full_like(beta, FAR)
+    for _ in range(80):
+        u = 0.5 * (low + high)
+        rising = 2.0 * (_log_cosh(0.5 * u / width) - _log_cosh(0.5 * u)) + width.log()
+        rising = rising + (u * torch.tanh(0.5 * u) - 2.0).clamp_min(1e-300).log()
+        past = rising > wanted
+        low, high = torch.where(past, low, u), torch.where(past, u, high)
+    u = low
+    gated = torch.sigmoid(-u) * (u * torch.sigmoid(u) - 1.0)
+    excess = c * gated - (1.0 - c) * torch.sigmoid(-u / width)
+    excess = (excess * (1.0 + 8 * EPS) + 4 * EPS * c).clamp_min(0.0)
+    excess = torch.where((beta == 1) | (c == 0), 0.0, excess)
+    return torch.where(beta == 0, -0.5 * c, excess)
+
+
+def capped_extremes(beta: float, c: float, cap: float) -> tuple[float, float, float]:
+    """Smallest slope, largest slope and largest curvature of `CTU(x) - CTU(x - cap)`, beta < 1.
+
+    The slope is even about cap/2 and constant away from 0 and cap, so that the search covers
+    `v = x/(1-beta)` from the middle to where both units have settled. `_largest` says why the
+    results are bounds. They are within 1e-12 of the truth where the extreme is a peak, and within
+    1e-7 where it is a plateau (times 1/(1-beta) for the curvature); the tests measure it.
+    """
+    width = 1.0 - beta
+    far = cap / width
+    reach = SETTLED / beta if beta > 0 and c > 0 else SETTLED
+    start, end = max(0.5 * far, far - reach), far + reach
+
+    def slope(v: Tensor) -> Tensor:
+        x = v * width
+        return plain.ctu_slope(x, beta, c) - plain.ctu_slope(x - cap, beta, c)
+
+    def bend(v: Tensor) -> Tensor:
+        x = v * width
+        return width * (plain.ctu_curvature(x, beta, c) - plain.ctu_curvature(x - cap, beta, c))
+
+    third = 2.0 * (c * beta**2 * SILU_THIRD + (1.0 - c) * SIGMOID_SECOND)
+    fourth = 2.0 * (c * beta**3 * SILU_FOURTH + (1.0 - c) * SIGMOID_THIRD)
+    highest = _largest(slope, start, end, third)
+    lowest = -_largest(lambda v: -slope(v), start, end, third)
+    steepest = _largest(lambda v: bend(v).abs(), start, end, fourth)
+    # The slope tends to 0 on both sides; without a gated part it is nowhere below.
+    lowest = 0.0 if c == 0 or beta == 0 else min(lowest, 0.0)
+    return lowest, highest, steepest / width
+
+
+def _largest(f: Callable[[Tensor], Tensor], start: float, end: float, second: float) -> float:
+    """An upper bound of f on [start, end], `second` being one of |f''| (of f or, for |f|, of f).
+
+    Between two points at distance d a function is at most `second·d²/8` above the larger of its
+    values there. Intervals whose bound does not reach the largest value seen are left out; the
+    others are cut in four, until the allowance is at rounding's level.
+    """
+    pieces, most = 4, 2**18
+    step = (end - start) / 1024
+    left = start + step * torch.arange(1024, dtype=torch.float64)
+    best = -float("inf")
+    while True:
+        values = torch.maximum(f(left), f(left + step))
+        best = max(best, float(values.max()))
+        allowance = second * step**2 / 8
+        left = left[values + allowance >= best]
+        if allowance < 1e-13 or pieces * len(left) > most:
+            return best + allowance + 1e-15
+        step /= pieces
+        left = (left[:, None] + step * torch.arange(pieces, dtype=torch.float64)).flatten()
+
+
+def _log_cosh(y: Tensor) -> Tensor:
+    return y + torch.log1p(torch.exp(-2.0 * y))
