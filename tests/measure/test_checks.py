@@ -15,12 +15,9 @@ from torch import Tensor, nn
 
 import flexure
 from flexure.contracts import FlexureError
-from flexure.measure.checks import (
-    check_field,
-    double_backward,
-    twice_differentiable,
-    unchanged_randomness,
-)
+from flexure.measure import products
+from flexure.measure.checks import check_field, unchanged_randomness
+from flexure.measure.fields import measuring
 from flexure.measure.wide import in_float64
 from tests.networks import Swin, resnet18
 
@@ -102,15 +99,10 @@ SOUND: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def checked(net: nn.Module, x: Tensor, **options: Any) -> None:
     """Checks the cross-entropy of a classifier, and a logit."""
     y = torch.arange(len(x)) % 4
-    generator = torch.Generator().manual_seed(0)
-    check_field(
-        lambda rows: lambda z: F.cross_entropy(net(z), y[rows], reduction="none"),
-        x,
-        model=net,
-        generator=generator,
-        **options,
-    )
-    check_field(lambda rows: lambda z: net(z)[:, 0], x, model=net, generator=generator, **options)
+    loss = lambda rows: lambda z: F.cross_entropy(net(z), y[rows], reduction="none")  # noqa: E731
+    with measuring(None):
+        check_field(loss, x, model=net, **options)
+        check_field(lambda rows: lambda z: net(z)[:, 0], x, model=net, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -258,14 +250,18 @@ def test_batch_statistics_are_refused(track: bool) -> None:
     assert all(value.equal(before[key]) for key, value in net.state_dict().items())
 
 
-def test_a_product_that_is_wrong_in_the_given_mode_only_is_refused() -> None:
-    def halved(field: Any, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        values, gradient, product = double_backward(field, x, v)
-        return values, gradient, product * 1.05
+@pytest.mark.parametrize("name", products.PRODUCTS)
+def test_products_are_those_that_are_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = products.PRODUCTS[name]
 
-    checked(mlp(), torch.randn(4, 5), product=double_backward)
+    class Wrong(real):  # type: ignore[valid-type, misc]
+        def __call__(self, v: Tensor, rows: Tensor) -> Tensor:
+            return 1.05 * super().__call__(v, rows)
+
+    checked(mlp(), torch.randn(4, 5), products=name)
+    monkeypatch.setitem(products.PRODUCTS, name, Wrong)  # type: ignore[arg-type]
     with pytest.raises(FlexureError, match="within 1 %"):
-        checked(mlp(), torch.randn(4, 5), product=halved)
+        checked(mlp(), torch.randn(4, 5), products=name)
 
 
 def test_a_wrong_layer_that_acts_on_few_samples_is_refused_by_most_of_those_it_acts_on() -> None:
@@ -299,45 +295,6 @@ def test_random_generators_are_put_back(name: str) -> None:
     got = torch.rand(1), np.random.rand(), random.random()
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     assert got == (torch.rand(1), np.random.rand(), random.random())
-
-
-def test_the_generator_decides() -> None:
-    seen: list[Tensor] = []
-
-    def spying(field: Any, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        seen.append(v)
-        return double_backward(field, x, v)
-
-    net = mlp()
-    field = lambda rows: lambda x: net(x)[:, 0]  # noqa: E731
-    for seed in (0, 0, 1):
-        generator = torch.Generator().manual_seed(seed)
-        check_field(field, torch.ones(2, 5), model=net, generator=generator, product=spying)
-    assert seen[0].equal(seen[1])
-    assert not seen[0].equal(seen[2])
-
-
-def test_double_backward_is_the_hessian() -> None:
-    net = mlp().double()
-    x, v = torch.randn(3, 5).double(), torch.randn(3, 5).double()
-    values, gradient, product = double_backward(lambda z: net(z)[:, 0], x, v)
-    for i in range(3):
-        one = lambda z: net(z[None])[0, 0]  # noqa: E731
-        hessian = torch.autograd.functional.hessian(one, x[i])
-        torch.testing.assert_close(product[i], hessian @ v[i])
-        torch.testing.assert_close(gradient[i], torch.autograd.functional.jacobian(one, x[i]))
-        torch.testing.assert_close(values[i], one(x[i]).detach())
-
-
-def test_attention_has_second_derivatives_inside() -> None:
-    fast = torch.backends.mha.get_fastpath_enabled()
-    q = torch.randn(2, 4, 8)
-    field = lambda x: F.scaled_dot_product_attention(x, x, x).sum((1, 2))  # noqa: E731
-    with twice_differentiable():
-        _, _, product = double_backward(field, q, torch.randn_like(q))
-        assert not torch.backends.mha.get_fastpath_enabled()
-    assert product.norm() > 0
-    assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
 def test_everything_inside_is_float64() -> None:

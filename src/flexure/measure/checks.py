@@ -8,34 +8,27 @@ labels are those of `measure/fields.py`.
 
 from __future__ import annotations
 
-import random
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flexure.contracts import FlexureError
+from flexure.measure.fields import scalar_field
+from flexure.measure.products import PRODUCTS
+from flexure.measure.state import unchanged_randomness
 from flexure.measure.wide import in_float64
 
 __all__ = [
-    "Product",
     "ScalarField",
     "check_field",
-    "double_backward",
-    "twice_differentiable",
     "unchanged_randomness",
 ]
 
 ScalarField: TypeAlias = Callable[[Tensor], Tensor]
 """(n, *shape) inputs -> (n,) values, for any n."""
-
-Product: TypeAlias = Callable[[ScalarField, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""Field, (n, *shape) inputs and vectors -> (n,) values, gradients and Hessian-vector products."""
 
 FEW, SAMPLES = 2, 8
 """Samples that are checked first, and the most that are checked where these do not settle it.
@@ -71,7 +64,7 @@ def check_field(
     *,
     model: nn.Module | None = None,
     generator: Generator | None = None,
-    product: Product | None = None,
+    products: str = "double-backward",
     samples: int = SAMPLES,
 ) -> None:
     """Refuses a field whose derivatives cannot be trusted; a field that passes is left as it was.
@@ -85,13 +78,15 @@ def check_field(
     call, which reaches fields that are closures over it; float32 constants, factories and casts
     inside become float64 as well. The global random generators are put back.
 
+    Call it inside `measuring`.
+
     Args:
         bind: (n,) int64 indices of samples, possibly repeated -> the field of just these samples
             (with their labels). A field without labels is the same for all.
         x: (B, *shape) floating-point inputs.
         model: the module whose parameters the field uses, in the mode that it is measured in.
-        generator: of the CPU, for v.
-        product: how products are computed; default: `double_backward`.
+        generator: of the CPU, for v; None: always the same v.
+        products: how the products that are checked are computed, a name in `PRODUCTS`.
         samples: how many are checked at most; fewer if two of them settle it.
 
     Raises:
@@ -99,61 +94,10 @@ def check_field(
             field; the field is random; a sample's value depends on the other samples; the field
             is not finite, or not one value a sample; it cannot be computed in float64.
     """
-    with unchanged_randomness(x.device), twice_differentiable(), torch.enable_grad():
-        check = _Checks(bind, x.detach(), generator, product or double_backward)
+    drawn_by = torch.Generator().manual_seed(0) if generator is None else generator
+    with unchanged_randomness(x.device):
+        check = _Checks(bind, x.detach(), drawn_by, products)
         in_float64(model, lambda: check.run(samples))
-
-
-@contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Inside, attention is computed by operators that have second derivatives."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextmanager
-def unchanged_randomness(device: torch.device) -> Iterator[None]:
-    """Puts back what is drawn inside from the global generators of torch, Python and NumPy."""
-    state = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
-    kind = "cuda" if device.type == "cpu" else device.type
-    devices = [] if device.type == "cpu" else [device]
-    try:
-        with torch.random.fork_rng(devices, device_type=kind):
-            yield
-    finally:
-        random.setstate(state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
-
-
-def double_backward(field: ScalarField, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, gradients and Hessian-vector products of a field, by reverse over reverse.
-
-    Args:
-        field: what is differentiated; samples must not depend on each other.
-        x: (n, *shape) inputs.
-        v: (n, *shape) vectors.
-
-    Returns:
-        (n,) values, (n, *shape) gradients, (n, *shape) products; zeros where there is no graph,
-        as for a field that is affine.
-    """
-    x = x.detach().requires_grad_()
-    values = field(x)
-    gradient = _gradient(values, x, create_graph=True)
-    if not gradient.requires_grad:
-        return values.detach(), gradient, torch.zeros_like(x)
-    (product,) = torch.autograd.grad(gradient, x, v, allow_unused=True)
-    if product is None:
-        product = torch.zeros_like(x)
-    return values.detach(), gradient.detach(), product.detach()
 
 
 @dataclass(frozen=True)
@@ -181,13 +125,13 @@ class _Checks:
         bind: rows -> field.
         x: (B, *shape) the inputs, in their own dtype.
         generator: for the directions.
-        product: how products are computed.
+        products: how products are computed.
     """
 
     bind: Callable[[Tensor], ScalarField]
     x: Tensor
-    generator: Generator | None
-    product: Product
+    generator: Generator
+    products: str
 
     def run(self, samples: int) -> None:
         """All checks; parameters are in float64 by now."""
@@ -242,8 +186,10 @@ class _Checks:
         """(k,) values and (k, d) gradients at float64 inputs that belong to the samples `rows`."""
         x = x.detach().requires_grad_()
         values = self._values(rows, x)
+        if not values.requires_grad:
+            return values, torch.zeros_like(x).flatten(1)
         try:
-            gradient = _gradient(values, x, create_graph=False)
+            (gradient,) = torch.autograd.grad(values.sum(), x, materialize_grads=True)
         except Exception as error:
             raise FlexureError(
                 f"expected a field that can be differentiated, got {_told(error)}; use operations "
@@ -253,19 +199,23 @@ class _Checks:
 
     def _products(self, rows: Tensor, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(n,) values, (n, d) gradients and products of all samples, in one batch."""
+        field = self.bind(rows)
         try:
-            values, gradient, product = self.product(self.bind(rows), x, v)
+            hessian = PRODUCTS[self.products](scalar_field(field, x, field=field))
+            product = hessian(v, torch.arange(len(x), device=x.device))
         except Exception as error:
             raise FlexureError(
                 f"expected a field with second derivatives, got {_told(error)}; {_REMEDY}"
             ) from error
-        return values.detach(), gradient.detach().flatten(1), product.detach().flatten(1)
+        return hessian.values, hessian.gradient.flatten(1), product.detach().flatten(1)
 
     def _values(self, rows: Tensor, x: Tensor) -> Tensor:
         """(k,) the field; errors of the float64 copy alone are told from the field's own."""
         field = self.bind(rows)
         try:
             values = field(x)
+        except FlexureError:
+            raise
         except Exception as error:
             raise FlexureError(
                 f"expected a field of any number of samples that can be computed in float64 with "
@@ -349,7 +299,8 @@ class _Pair:
     @property
     def apart(self) -> Tensor:
         """(n,) the norm of the difference."""
-        return torch.linalg.vector_norm(self.quotient - self.derivative, dim=1)
+        difference: Tensor = torch.linalg.vector_norm(self.quotient - self.derivative, dim=1)
+        return difference
 
     @property
     def wrong(self) -> Tensor:
@@ -374,14 +325,6 @@ class _Pair:
             raise FlexureError(
                 message.format(worst=worst, count=int(accused.sum()), total=len(accused))
             )
-
-
-def _gradient(values: Tensor, x: Tensor, *, create_graph: bool) -> Tensor:
-    """Of the sum, which is each sample's own gradient; zeros where there is no graph."""
-    if not values.requires_grad:
-        return torch.zeros_like(x)
-    (gradient,) = torch.autograd.grad(values.sum(), x, create_graph=create_graph, allow_unused=True)
-    return torch.zeros_like(x) if gradient is None else gradient
 
 
 def _allowed(values: Tensor) -> Tensor:

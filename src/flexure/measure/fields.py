@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flexure.calling import call_model, evaluating, logits_of, map_tensors
 from flexure.contracts import FlexureError
-from flexure.measure.checks import twice_differentiable
+from flexure.measure.state import twice_differentiable
 
 __all__ = ["Field", "margin", "measuring", "point_of", "scalar_field"]
 
