@@ -186,7 +186,12 @@ def _rectified(beta: Tensor, c: Tensor) -> UnitBounds:
     curvature = torch.where(beta == 1, math.inf, curvature)
     relative = torch.where((c == 0) & (beta < 1), (1.0 + EPS) / (1.0 - beta), math.inf)
     affine = (beta == 0) & (c == 1)
-    return UnitBounds(-excess, highest, torch.where(affine, 0.0, curvature), relative)
+    return UnitBounds(
+        -excess,
+        highest,
+        torch.where(affine, 0.0, curvature),
+        torch.where(affine, 0.0, relative),
+    )
 
 
 def _leaky(beta: Tensor, c: Tensor, slope: float | Tensor) -> UnitBounds:
@@ -200,6 +205,10 @@ def _leaky(beta: Tensor, c: Tensor, slope: float | Tensor) -> UnitBounds:
     # alpha = 1 is the identity, whatever the dial.
     bent = torch.where(alpha == 1, 0.0, bent)
     return UnitBounds(ends[0] - room, ends[1] + room, bent, torch.where(alpha == 1, 0.0, torch.inf))
+
+
+def _inf_unless(identity: Tensor) -> Tensor:
+    return torch.where(identity, 0.0, torch.full_like(identity, torch.inf, dtype=torch.float64))
 
 
 def _capped(beta: Tensor, c: Tensor, cap: float | None) -> UnitBounds:
@@ -240,7 +249,7 @@ def _kinked(**params: Any) -> UnitBounds:
 def _leaky_relu(slope: float | Tensor) -> UnitBounds:
     if isinstance(slope, Tensor):
         alpha = slope.detach().double()
-        bent = torch.where(alpha == 1, 0.0, torch.inf)
+        bent = _inf_unless(alpha == 1)
         return UnitBounds(alpha.clamp_max(1.0), alpha.clamp_min(1.0), bent, bent)
     jump = 0.0 if slope == 1 else math.inf
     return UnitBounds(min(slope, 1.0), max(slope, 1.0), jump, jump)

@@ -1,0 +1,164 @@
+"""The bounds that the Low-Curvature Networks paper states, each with its equation, as corrected.
+
+Numbers in, a bound out: nothing here looks at a network. What bounds a network's Hessian is in
+`bounds.py`; what measures gradients under noise, in `robustness_of_gradients.py`.
+
+[LCNN] is Low-Curvature Networks (Srinivas et al., 2022). C is `‖∇²f‖₂/‖∇f‖₂`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexure.contracts import FlexureError
+
+__all__ = ["lemma1_bound", "output_change_bound", "relative_gradient_bound", "theorem1_proxy"]
+
+Values = float | Tensor
+
+
+def lemma1_bound(curvatures: Sequence[Values], slopes: Sequence[Values]) -> Values:
+    """Lemma 1 of [LCNN], corrected: `|f''/f'| <= Σ_i |f_i''/f_i'| · Π_{j<i} |f_j'|`.
+
+    For `f = f_L ∘ ... ∘ f_1` on the real line, each term at the point that the composition brings
+    it to, or at its maximum. The printed product runs to j = i, which is false wherever a last
+    slope is below 1: softplus alone has 1/2 at 0, and the printed bound is 1/4.
+
+    Args:
+        curvatures: `|f_i''/f_i'|`, first function first: numbers, or tensors of one shape.
+        slopes: `|f_i'|`, likewise; the last one is not used.
+
+    Raises:
+        FlexureError: two lengths, none, or a negative value.
+    """
+    _check_lengths(curvatures=curvatures, slopes=slopes)
+    total: Values = 0.0
+    steepness: Values = 1.0
+    for curvature, slope in zip(curvatures, slopes, strict=True):
+        total = total + curvature * steepness
+        steepness = steepness * slope
+    return total
+
+
+def theorem1_proxy(
+    widths: Sequence[int], curvatures: Sequence[Values], slopes: Sequence[Values]
+) -> Values:
+    """Theorem 1 of [LCNN], eq. 2, as printed: `Σ_i n_i · max C_{f_i} · Π_{j<=i} max ‖∇f_j‖₂`.
+
+    **Not a bound.** It is false as stated: gradients of a layer's outputs can cancel, and C is then
+    infinite while this is not (softplus(x) + softplus(−x) at 0). It is the quantity that motivates
+    the penalties of [LCNN], kept to compare with; `flexure.hessian_bound` bounds the Hessian.
+
+    Args:
+        widths: outputs n_i of each layer, first layer first.
+        curvatures: the largest C of each layer; 0 for a linear one.
+        slopes: the largest 2-norm of each layer's Jacobian.
+
+    Raises:
+        FlexureError: different lengths, none, or a negative value.
+    """
+    _check_lengths(widths=widths, curvatures=curvatures, slopes=slopes)
+    total: Values = 0.0
+    steepness: Values = 1.0
+    for width, curvature, slope in zip(widths, curvatures, slopes, strict=True):
+        steepness = steepness * slope
+        total = total + width * curvature * steepness
+    return total
+
+
+def relative_gradient_bound(radius: Values, curvature: Values) -> Values:
+    """Proposition 1 of [LCNN], tightened: `‖∇f(x+ε) − ∇f(x)‖/‖∇f(x)‖ <= e^a − 1`, `a = ‖ε‖·max C`.
+
+    From `d‖∇f‖/dt <= ‖∇²f‖·‖ε‖ <= a·‖∇f‖` along the segment (Grönwall). Below the printed `a·e^a`
+    for every a > 0. inf where it overflows; 0 where either argument is 0.
+
+    Args:
+        radius: `‖ε‖₂`.
+        curvature: the largest C on the segment from x to x + ε.
+
+    Returns:
+        Shape and dtype by the rules of broadcasting; a float for numbers.
+
+    Raises:
+        FlexureError: a negative argument.
+
+    Example:
+        >>> round(relative_gradient_bound(0.1, 2.0), 4)
+        0.2214
+    """
+    (r, c), numbers = _as_tensors(radius=radius, curvature=curvature)
+    bound = torch.expm1(_exponent(r, c))
+    return float(bound) if numbers else bound
+
+
+def output_change_bound(radius: Values, curvature: Values, gradient_norm: Values) -> Values:
+    """Proposition 2 of [LCNN], tightened: `|f(x+ε) − f(x)| <= ‖∇f(x)‖·(e^a − 1)/max C`.
+
+    The integral of Proposition 1's `‖∇f(x)‖·e^(t·a)` over the segment, `a = ‖ε‖·max C`; computed as
+    `‖∇f(x)‖·‖ε‖·(e^a − 1)/a`, which is `‖∇f(x)‖·‖ε‖` where C vanishes. inf where it overflows.
+
+    Args:
+        radius: `‖ε‖₂`.
+        curvature: the largest C on the segment from x to x + ε.
+        gradient_norm: `‖∇f(x)‖₂`. 0 gives 0 (with a finite C the gradient then vanishes on the
+            whole segment), except with an infinite C, which says nothing: inf.
+
+    Returns:
+        Shape and dtype by the rules of broadcasting; a float for numbers.
+
+    Raises:
+        FlexureError: a negative argument.
+    """
+    (r, c, g), numbers = _as_tensors(
+        radius=radius, curvature=curvature, gradient_norm=gradient_norm
+    )
+    a = _exponent(r, c)
+    growth = torch.where(a == 0, 1.0, torch.expm1(a) / torch.where(a == 0, 1.0, a))
+    # e^inf/inf has no value of its own: the exponential wins.
+    growth = torch.where(torch.isinf(a), a, growth)
+    bound = g * r * growth
+    bound = torch.where((g == 0) & torch.isinf(c), torch.inf, bound)
+    still = (r == 0) | ((g == 0) & torch.isfinite(c))
+    bound = torch.where(still, 0.0, bound)
+    return float(bound) if numbers else bound
+
+
+def _exponent(radius: Tensor, curvature: Tensor) -> Tensor:
+    """`radius·curvature`, 0 where either is (0·inf is nan otherwise)."""
+    product = radius * curvature
+    return torch.where((radius == 0) | (curvature == 0), torch.zeros_like(product), product)
+
+
+def _as_tensors(**values: Values) -> tuple[list[Tensor], bool]:
+    """The arguments as tensors, numbers in the dtype of the tensors; whether all are numbers."""
+    for name, value in values.items():
+        _check_sign(name, value)
+    given = [value for value in values.values() if isinstance(value, Tensor)]
+    like = given[0] if given else torch.zeros((), dtype=torch.float64)
+    tensors = [
+        value
+        if isinstance(value, Tensor)
+        else torch.full((), value, dtype=like.dtype, device=like.device)
+        for value in values.values()
+    ]
+    return tensors, not given
+
+
+def _check_lengths(**values: Sequence[Values]) -> None:
+    lengths = {len(value) for value in values.values()}
+    if len(lengths) != 1 or lengths == {0}:
+        got = ", ".join(f"{len(value)} {name}" for name, value in values.items())
+        raise FlexureError(f"expected one value a function, got {got}; give one for each")
+    for name, items in values.items():
+        for item in items:
+            _check_sign(name, item)
+
+
+def _check_sign(name: str, value: Values) -> None:
+    negative = bool((value < 0).any()) if isinstance(value, Tensor) else value < 0
+    if negative or (isinstance(value, float) and math.isnan(value)):
+        raise FlexureError(f"expected {name} of at least 0, got {value}; give norms or maxima")
