@@ -38,6 +38,7 @@ __all__ = [
     "AdapterError",
     "AddressError",
     "BetaSearch",
+    "Calibration",
     "Curvature",
     "DataError",
     "FlexureError",
@@ -56,6 +57,7 @@ __all__ = [
     "TuneResult",
     "adapt",
     "adaptations",
+    "calibration",
     "curvature",
     "fit",
     "load_adapter",
@@ -72,8 +74,10 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Calibration": "measure.calibration",
     "Summary": "measure.over",
     "TuneResult": "methods.tune_result",
+    "calibration": "measure.calibration",
     "over": "measure.over",
     "recipes": None,
     "report": None,
