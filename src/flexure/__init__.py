@@ -43,6 +43,7 @@ __all__ = [
     "DataError",
     "FlexureError",
     "FullFinetune",
+    "HessianBound",
     "History",
     "LinearProbe",
     "LoRA",
@@ -60,6 +61,7 @@ __all__ = [
     "calibration",
     "curvature",
     "fit",
+    "hessian_bound",
     "load_adapter",
     "load_data",
     "load_model",
@@ -75,9 +77,11 @@ __all__ = [
 
 _LAZY = {
     "Calibration": "measure.calibration",
+    "HessianBound": "measure.bounds",
     "Summary": "measure.over",
     "TuneResult": "methods.tune_result",
     "calibration": "measure.calibration",
+    "hessian_bound": "measure.bounds",
     "over": "measure.over",
     "recipes": None,
     "report": None,

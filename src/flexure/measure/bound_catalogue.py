@@ -1,0 +1,271 @@
+"""Which operations of a network have a bound of their curvature, and by which rule.
+
+`Bounding` carries a node of a graph along through a network's own code; its table is here. How
+rules make nodes is in `bound_rules.py` and `bound_layers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexure.measure.bound_layers import (
+    KINK,
+    PRODUCT,
+    TRAINING,
+    UNBOUNDED,
+    batch_norm,
+    conv,
+    conv_transpose,
+    interpolate,
+    linear,
+    masked_fill,
+    matmul,
+    pad,
+)
+from flexure.measure.bound_rules import (
+    BoundRule,
+    Signal,
+    bent,
+    concatenated,
+    constant,
+    moved,
+    scaled,
+    shifted,
+    summed,
+)
+from flexure.measure.propagate import (
+    GENERAL,
+    Carrying,
+    Rule,
+    Unsupported,
+    carriers_in,
+    refused,
+    rule_table,
+    running_module,
+    with_primals,
+)
+from flexure.units.bounds import (
+    UnitBounds,
+    centered_softplus_bounds,
+    ctu_bounds,
+    unit_bounds,
+)
+from flexure.units.functional import centered_softplus, ctu
+
+__all__ = ["Bounding"]
+
+
+class Bounding(Carrying):
+    """A tensor that carries the node of a graph of bounds, a `Signal`."""
+
+    subject = "bound of the Hessian"
+    carried: Signal
+
+    def constant(self, primal: Tensor) -> Bounding:
+        """A value that does not depend on the input: a sum of nothing."""
+        return Bounding.of(primal, scaled(self.carried, constant(0.0)))
+
+    @classmethod
+    def unit_rule(cls, name: str, x: Any, *dials: Any) -> Any:
+        """The units: an activation each, by its largest slope and curvature."""
+        if name not in _UNITS:
+            raise Unsupported(KINK if name == "soft_maximum" else UNBOUNDED)
+        # A function mode must not take what is called here for the network's own activations.
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            function, bounds = _UNITS[name]
+            values = [d.detach() if isinstance(d, Tensor) else d for d in dials]
+            signal = _bend(x.carried, bounds(*values))
+            return cls.of(function(x.primal, *values), signal)
+
+    @classmethod
+    def advice(cls, func: Any) -> str:
+        """What a user can do about an operation without a rule."""
+        return "write it with operations that have one, or use flexure.curvature on data instead"
+
+
+def _spelled(rule: BoundRule) -> Rule:
+    """A rule of signals as a rule of carriers."""
+
+    def run(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if not any(True for _ in carriers_in((args, kwargs))):
+            return function(*args, **kwargs)
+        # Before the value: what is refused must not draw random numbers.
+        signals = rule(function, *_signals_in(args), **_signals_in(kwargs))
+        value = function(*with_primals(args), **with_primals(kwargs))
+        if isinstance(value, Tensor):
+            return Bounding.of(value, signals)
+        return type(value)(Bounding.of(v, s) for v, s in zip(value, signals, strict=True))
+
+    return run
+
+
+def _signals_in(args: Any) -> Any:
+    if isinstance(args, Bounding):
+        return args.carried
+    if isinstance(args, (tuple, list)) and not isinstance(args, torch.Size):
+        return type(args)([_signals_in(item) for item in args])
+    if isinstance(args, dict):
+        return {key: _signals_in(item) for key, item in args.items()}
+    return args
+
+
+def _same(function: Any, x: Signal, *args: Any, **kwargs: Any) -> Signal:
+    return x
+
+
+def _add(function: Any, x: Any, y: Any, *, alpha: float = 1) -> Signal:
+    return summed(x, y, alpha)
+
+
+def _sub(function: Any, x: Any, y: Any, *, alpha: float = 1) -> Signal:
+    return summed(x, y, -alpha)
+
+
+def _mul(function: Any, x: Any, y: Any) -> Signal:
+    if isinstance(x, Signal) and isinstance(y, Signal):
+        raise Unsupported(PRODUCT)
+    return scaled(x, constant(y)) if isinstance(x, Signal) else scaled(y, constant(x))
+
+
+def _div(function: Any, x: Any, y: Any, *, rounding_mode: str | None = None) -> Signal:
+    if isinstance(y, Signal):
+        raise Unsupported(PRODUCT if isinstance(x, Signal) else UNBOUNDED)
+    if rounding_mode is not None:
+        raise Unsupported(KINK)
+    return scaled(x, 1.0 / constant(y))
+
+
+def _addcmul(function: Any, x: Any, y: Any, z: Any, *, value: float = 1) -> Signal:
+    return summed(x, _mul(function, y, z), value)
+
+
+def _copy(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The value that `x.copy_(y)` gives x, written into nothing."""
+    x, y = args[0], args[1]
+    if not isinstance(y, Bounding):
+        return y.to(x.dtype).expand(x.shape)
+    return Bounding.of(y.primal.to(x.dtype).expand(x.shape), _expanded(y.carried, x.shape))
+
+
+def _expanded(x: Signal, shape: torch.Size) -> Signal:
+    return shifted(x, torch.empty(shape, device="meta"))
+
+
+def _dropout(function: Any, x: Signal, p: float = 0.5, training: bool = True) -> Signal:
+    if training and p > 0:
+        raise Unsupported(TRAINING)
+    return x
+
+
+def _smooth(bounds: Callable[..., UnitBounds]) -> BoundRule:
+    """The rule of an activation, from its parameters to its largest slope and curvature."""
+
+    def rule(function: Any, x: Signal, *args: Any, **kwargs: Any) -> Signal:
+        return _bend(x, bounds(*args, **kwargs))
+
+    return rule
+
+
+def _bend(x: Signal, bounds: UnitBounds) -> Signal:
+    if not bool(torch.isfinite(constant(bounds.curvature)).all()):
+        raise Unsupported(KINK)
+    return bent(x, bounds.lipschitz, bounds.curvature, _place())
+
+
+def _place() -> str:
+    """The site that a unit stands for, or the path of the module that runs."""
+    found = running_module()
+    if found is None:
+        return "(function)"
+    path, module = found
+    return _site(module) or path or type(module).__name__
+
+
+def _site(module: nn.Module) -> str:
+    name = getattr(module, "name", "")
+    return name if isinstance(name, str) else ""
+
+
+_UNITS: Mapping[str, tuple[Callable[..., Tensor], Callable[..., UnitBounds]]] = {
+    "ctu": (ctu, ctu_bounds),
+    "centered_softplus": (centered_softplus, centered_softplus_bounds),
+}
+"""The units of `flexure.units`: the function, and what bounds its derivatives."""
+
+_SMOOTH: Mapping[str, Callable[..., UnitBounds]] = {
+    "tanh": partial(unit_bounds, "tanh"),
+    "sigmoid expit": partial(unit_bounds, "sigmoid"),
+    "silu": partial(unit_bounds, "silu"),
+    "mish": partial(unit_bounds, "mish"),
+    "erf": partial(unit_bounds, "erf"),
+    "logsigmoid": partial(unit_bounds, "logsigmoid"),
+    "softsign": partial(unit_bounds, "softsign"),
+    "tanhshrink": partial(unit_bounds, "tanhshrink"),
+    "gelu": lambda *, approximate="none": unit_bounds("gelu", approximate=approximate),
+    "softplus": lambda beta=1.0, threshold=20.0: unit_bounds("softplus", beta=beta),
+    "elu": lambda alpha=1.0: unit_bounds("elu", alpha=alpha),
+    "celu": lambda alpha=1.0: unit_bounds("celu", alpha=alpha),
+    "sin cos": lambda: UnitBounds(-1.0, 1.0, 1.0),
+}
+"""Activations by their names in PyTorch; those whose slope jumps for these parameters are refused
+all the same."""
+
+_MOVES = (
+    "view view_as reshape reshape_as flatten unflatten ravel permute transpose swapaxes swapdims "
+    "movedim moveaxis t T mT squeeze unsqueeze expand expand_as broadcast_to getitem narrow select "
+    "index_select gather take_along_dim chunk split tensor_split unbind unfold fold diagonal tril "
+    "triu flip fliplr flipud roll rot90 tile repeat repeat_interleave pixel_shuffle "
+    "pixel_unshuffle channel_shuffle atleast_1d atleast_2d atleast_3d sum mean cumsum avg_pool1d "
+    "avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
+)
+_JOINS = "cat concat concatenate stack hstack vstack dstack column_stack where"
+_SAME = "neg negative positive clone contiguous to double half bfloat16 type_as cpu cuda"
+_DROPOUTS = "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout"
+_KINKS = (
+    "relu relu6 leaky_relu prelu rrelu threshold hardtanh hardswish hardsigmoid hardshrink "
+    "softshrink selu abs absolute clamp clip clamp_min clamp_max max min maximum minimum fmax fmin "
+    "amax amin aminmax max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d "
+    "adaptive_max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices "
+    "fractional_max_pool2d sign round floor ceil trunc frac sort topk median kthvalue"
+)
+_NO_BOUND = (
+    "layer_norm group_norm instance_norm rms_norm local_response_norm normalize softmax "
+    "log_softmax softmin logsumexp scaled_dot_product_attention multi_head_attention_forward norm "
+    "var std sqrt rsqrt reciprocal exp expm1 log log1p log2 pow square prod cumprod glu "
+    "cosine_similarity sinh cosh tan asin acos lp_pool2d"
+)
+
+_RULES: Mapping[Any, Rule] = {
+    **GENERAL,
+    _KINKS: refused(KINK),
+    _NO_BOUND: refused(UNBOUNDED),
+    _MOVES: _spelled(moved),
+    _JOINS: _spelled(concatenated),
+    _SAME: _spelled(_same),
+    torch.Tensor.float: _spelled(_same),
+    "add": _spelled(_add),
+    "sub subtract": _spelled(_sub),
+    "rsub": _spelled(lambda function, x, y, *, alpha=1: _sub(function, y, x, alpha=alpha)),
+    "mul multiply": _spelled(_mul),
+    "div divide truediv true_divide": _spelled(_div),
+    "addcmul": _spelled(_addcmul),
+    "copy": _copy,
+    "linear": _spelled(linear),
+    "conv1d conv2d conv3d": _spelled(conv),
+    "conv_transpose1d conv_transpose2d conv_transpose3d": _spelled(conv_transpose),
+    "matmul mm bmm mv einsum": _spelled(matmul),
+    F.batch_norm: _spelled(batch_norm),
+    _DROPOUTS: _spelled(_dropout),
+    "interpolate": _spelled(interpolate),
+    "pad": _spelled(pad),
+    "masked_fill": _spelled(masked_fill),
+    **{name: _spelled(_smooth(bounds)) for name, bounds in _SMOOTH.items()},
+}
+
+Bounding.rules = rule_table(_RULES)

@@ -1,0 +1,286 @@
+"""A network as a graph of linear maps and bends, and two passes of bounds over it.
+
+`bounds.py` says what the bounds mean and combines them; `bound_rules.py` turns a network's calls
+into nodes. Nothing here looks at a network. All arithmetic is float64 on the CPU.
+
+With T a linear map, |T| the map with the absolute values of its entries, and v a vector of bounds:
+
+- |T u| <= |T| |u| elementwise, and |(T u)_i| <= ‖row i of T‖₂·‖u‖₂;
+- ‖T‖₂ <= sqrt(max row sum of |T| · max column sum of |T|) (Schur's test), which is exact for
+  views, slices, means and pools without overlap; and ‖T‖₂ <= ‖T‖_F.
+
+Each pass carries both an elementwise bound and one of the 2-norm, and keeps at every node what is
+smaller: a bound of the 2-norm bounds each element, and the elements' bounds give one of the 2-norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Bend", "Input", "LinearMap", "Node", "Reach", "Sum", "Term", "backward", "reaches"]
+
+
+class LinearMap:
+    """A linear map between tensors, known by the magnitudes of its entries.
+
+    Args:
+        magnitude: applies |T| to a non-negative tensor of `shape`.
+        shape: of what it is applied to, with the batch dimension of 1.
+        squares: applies the map whose entries are the squares of T's; None: they are bounded by
+            the largest entry times the entries.
+        norm: a certified upper bound of ‖T‖₂, computed when needed.
+    """
+
+    def __init__(
+        self,
+        magnitude: Callable[[Tensor], Tensor],
+        shape: Sequence[int],
+        *,
+        squares: Callable[[Tensor], Tensor] | None = None,
+        norm: Callable[[], float] | None = None,
+    ) -> None:
+        self.magnitude = magnitude
+        self.shape = tuple(shape)
+        self.squares = squares
+        self._norm = norm
+
+    def pulled(self, bounds: Tensor) -> Tensor:
+        """|T|ᵀ of `(K, *output shape)`: `(K, *shape)`."""
+        return _transposed(self.magnitude, self.shape, bounds)
+
+    @cached_property
+    def row_sums(self) -> Tensor:
+        """Of |T|, of the output's shape."""
+        return self.magnitude(torch.ones(self.shape, dtype=torch.float64))
+
+    @cached_property
+    def column_sums(self) -> Tensor:
+        """Of |T|, of the input's shape."""
+        return self.pulled(torch.ones_like(self.row_sums)[None])[0]
+
+    @cached_property
+    def row_norms(self) -> Tensor:
+        """Bounds of the 2-norms of T's rows, of the output's shape."""
+        if self.squares is None:
+            return torch.minimum(self.row_sums, (self._largest * self.row_sums).sqrt())
+        return self.squares(torch.ones(self.shape, dtype=torch.float64)).sqrt()
+
+    @cached_property
+    def column_norms(self) -> Tensor:
+        """Bounds of the 2-norms of T's columns, of the input's shape."""
+        if self.squares is None:
+            return torch.minimum(self.column_sums, (self._largest * self.column_sums).sqrt())
+        ones = torch.ones_like(self.row_sums)[None]
+        return _transposed(self.squares, self.shape, ones)[0].sqrt()
+
+    @cached_property
+    def norm(self) -> float:
+        """An upper bound of ‖T‖₂."""
+        schur = math.sqrt(_largest(self.row_sums) * _largest(self.column_sums))
+        frobenius = float(self.row_norms.norm())
+        return min(schur, frobenius, math.inf if self._norm is None else self._norm())
+
+    @property
+    def _largest(self) -> float:
+        """No entry of |T| exceeds its row's sum or its column's."""
+        return min(_largest(self.row_sums), _largest(self.column_sums))
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """The network's input, `(1, *input_shape)`."""
+
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One summand of a linear node: a map applied to the node at `parent`."""
+
+    parent: int
+    map: LinearMap
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """A node that is a sum of linear maps of others, plus a constant.
+
+    Attributes:
+        shape: of its value.
+        terms: the summands.
+        disjoint: whether no element of it gets more than one summand (concatenation).
+        merged: factors -> the signal of a node that is this one times them, or None; of
+            `bound_rules.py`.
+    """
+
+    shape: tuple[int, ...]
+    terms: tuple[Term, ...]
+    disjoint: bool = False
+    merged: Callable[[Tensor], Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Bend:
+    """An activation: a function of each element of another node.
+
+    Attributes:
+        shape: of its value.
+        parent: the node that it is applied to.
+        slope: max |φ'| over R, broadcasting to `shape`.
+        curvature: max |φ''| over R, likewise.
+        name: the module or site, for the table.
+    """
+
+    shape: tuple[int, ...]
+    parent: int
+    slope: Tensor
+    curvature: Tensor
+    name: str = ""
+
+
+Node = Input | Sum | Bend
+"""Nodes refer to their parents by position in the list, and come after them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reach:
+    """How fast a node can change with the input x.
+
+    Attributes:
+        elements: bounds of ‖∂(element)/∂x‖₂, of the node's shape.
+        norm: a bound of ‖∂(node)/∂x‖₂, its Lipschitz constant.
+    """
+
+    elements: Tensor
+    norm: float
+
+    @staticmethod
+    def of(elements: Tensor, norm: float) -> Reach:
+        """Both bounds, each improved by the other."""
+        elements = _defined(elements)
+        norm = min(math.inf if math.isnan(norm) else norm, float(elements.norm()))
+        return Reach(elements.clamp(max=norm), norm)
+
+
+def reaches(nodes: Sequence[Node], needed: Sequence[int]) -> dict[int, Reach]:
+    """The forward pass: how fast each of the nodes `needed` can change with the input."""
+    found: dict[int, Reach] = {}
+    for index in needed:
+        node = nodes[index]
+        if isinstance(node, Input):
+            elements, norm = torch.ones(node.shape, dtype=torch.float64), 1.0
+        elif isinstance(node, Bend):
+            before = found[node.parent]
+            elements, norm = node.slope * before.elements, _largest(node.slope) * before.norm
+        else:
+            elements, norm = _summed(node, found)
+        found[index] = Reach.of(elements, norm)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Bent:
+    """What one activation contributes to the Hessian of K functions of the output.
+
+    Attributes:
+        node: its position.
+        sensitivity: (K,) bounds of max over its units of |∂f/∂a|.
+        bound: (K,) bounds of ‖Zᵀ diag(∂f/∂a · φ'') Z‖₂, Z = ∂z/∂x.
+    """
+
+    node: int
+    sensitivity: Tensor
+    bound: Tensor
+
+
+def backward(
+    nodes: Sequence[Node], needed: Sequence[int], reach: dict[int, Reach], seed: Tensor
+) -> tuple[list[Bent], Tensor]:
+    """The backward pass: what each activation contributes, for K functions of the output.
+
+    Args:
+        nodes: the graph; the output is the last of `needed`.
+        needed: positions of the nodes that the output depends on, ascending.
+        reach: the forward pass's.
+        seed: (K, *output shape), bounds of |∂f/∂(output)|; in the 2-norm each f's is at most 1.
+
+    Returns:
+        A `Bent` for each activation, and (K,) bounds of ‖∂f/∂x‖₂.
+    """
+    ones = torch.ones(len(seed), dtype=torch.float64)
+    pending = {needed[-1]: [(seed, ones)]}
+    bent = []
+    to_input = torch.zeros(len(seed), dtype=torch.float64)
+    for index in reversed(needed):
+        elements, norms = _met(pending.pop(index))
+        node = nodes[index]
+        if isinstance(node, Input):
+            to_input = norms
+        elif isinstance(node, Bend):
+            bent.append(_contribution(index, node, reach[node.parent], elements))
+            passed = (node.slope * elements, _largest(node.slope) * norms)
+            pending.setdefault(node.parent, []).append(passed)
+        else:
+            for term in node.terms:
+                by_sums = term.map.pulled(elements)
+                by_norm = _outer(norms, term.map.column_norms)
+                passed = (torch.fmin(by_sums, by_norm), term.map.norm * norms)
+                pending.setdefault(term.parent, []).append(passed)
+    return bent[::-1], to_input
+
+
+def _summed(node: Sum, found: dict[int, Reach]) -> tuple[Tensor, float]:
+    """Bounds of the elements and of the norm of a sum of maps."""
+    elements = torch.zeros(node.shape, dtype=torch.float64)
+    norms = []
+    for term in node.terms:
+        before = found[term.parent]
+        by_sums = term.map.magnitude(before.elements)
+        elements = elements + torch.fmin(by_sums, term.map.row_norms * before.norm)
+        norms.append(term.map.norm * before.norm)
+    return elements, math.hypot(*norms) if node.disjoint else math.fsum(norms)
+
+
+def _met(passed: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The sum of what a node's consumers pass back; both bounds, each improved by the other."""
+    elements = _defined(sum((e for e, _ in passed[1:]), start=passed[0][0]))
+    norms = _defined(sum((n for _, n in passed[1:]), start=passed[0][1]))
+    norms = torch.minimum(norms, elements.flatten(1).norm(dim=1))
+    return torch.minimum(elements, _outer(norms, torch.ones(elements.shape[1:]))), norms
+
+
+def _contribution(index: int, node: Bend, before: Reach, sensitivity: Tensor) -> Bent:
+    """‖Zᵀ diag(d) Z‖₂ <= min(max_i |d_i|·‖Z‖₂², Σ_i |d_i|·‖row i of Z‖₂²)."""
+    weights = _defined(node.curvature * sensitivity).flatten(1)
+    by_norm = weights.amax(1) * before.norm**2
+    by_units = weights @ before.elements.square().expand(node.shape).flatten()
+    bound = _defined(torch.fmin(by_norm, by_units))
+    return Bent(index, sensitivity.flatten(1).amax(1), bound)
+
+
+def _transposed(apply: Callable[[Tensor], Tensor], shape: Sequence[int], given: Tensor) -> Tensor:
+    """The transpose of a linear function of a tensor of `shape`, of each of K tensors."""
+    zeros = torch.zeros(tuple(shape), dtype=torch.float64)
+    pull: Any = torch.func.vjp(apply, zeros)[1]
+    result: Tensor = torch.func.vmap(lambda row: pull(row)[0])(given)
+    return result
+
+
+def _outer(norms: Tensor, elements: Tensor) -> Tensor:
+    return norms.reshape(-1, *(1,) * elements.dim()) * elements
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.max())
+
+
+def _defined(bounds: Tensor) -> Tensor:
+    """0·inf after an overflow is no bound: inf is."""
+    return torch.where(bounds.isnan(), math.inf, bounds)

@@ -1,0 +1,193 @@
+"""Layers as linear maps of the graph of bounds, and why some operations have no bound.
+
+Each function is a rule, as `bound_rules.py` describes them, with the arguments of PyTorch's
+function. Operator norms are those of `flexure.layers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexure.layers.spectral import conv_norm_bound, linear_norm_bound
+from flexure.measure.bound_rules import Signal, constant, moved, scaled, weighted
+from flexure.measure.propagate import Unsupported
+
+__all__ = [
+    "KINK",
+    "PRODUCT",
+    "TRAINING",
+    "UNBOUNDED",
+    "batch_norm",
+    "conv",
+    "conv_transpose",
+    "interpolate",
+    "linear",
+    "masked_fill",
+    "matmul",
+    "pad",
+]
+
+KINK = (
+    "its slope jumps, so that its second derivative has no bound; steer it (flexure.steer with "
+    "beta < 1), or use flexure.units.centered_softplus in its place"
+)
+UNBOUNDED = (
+    "its first or second derivative has no bound over all inputs, so that the network's Hessian "
+    "has none that this can see; use flexure.curvature on data instead"
+)
+PRODUCT = "a product of two values that depend on the input: " + UNBOUNDED
+TRAINING = (
+    "in training mode it is random or depends on the other samples; let it follow model.eval()"
+)
+
+
+def linear(function: Any, x: Signal, weight: Any, bias: Any = None) -> Signal:
+    """W x, by the certified norm of W."""
+    return weighted(
+        x,
+        F.linear,
+        _weight(x, weight, bias),
+        norm=linear_norm_bound,
+        scaled_weight=lambda w, factors: factors[:, None] * w,
+    )
+
+
+def conv(
+    function: Any,
+    x: Signal,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Signal:
+    """A convolution, by its certified norm at the signal's spatial size."""
+    spatial = weight.dim() - 2
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    size = x.shape[-spatial:]
+    return weighted(
+        x,
+        lambda values, w: function(values, w, **geometry),
+        _weight(x, weight, bias),
+        norm=lambda w: conv_norm_bound(w, input_size=size, **_sizes(geometry)),
+        scaled_weight=lambda w, factors: factors.reshape(-1, *(1,) * (spatial + 1)) * w,
+        axis=-1 - spatial,
+    )
+
+
+def conv_transpose(
+    function: Any,
+    x: Signal,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Signal:
+    """A transposed convolution, likewise."""
+    spatial = weight.dim() - 2
+    geometry = {
+        "stride": stride,
+        "padding": padding,
+        "output_padding": output_padding,
+        "groups": groups,
+        "dilation": dilation,
+    }
+    size = x.shape[-spatial:]
+
+    def scaled_weight(w: Tensor, factors: Tensor) -> Tensor:
+        grouped = w.reshape(groups, -1, *w.shape[1:])
+        return (grouped * factors.reshape(groups, 1, -1, *(1,) * spatial)).reshape(w.shape)
+
+    return weighted(
+        x,
+        lambda values, w: function(values, w, **geometry),
+        _weight(x, weight, bias),
+        norm=lambda w: conv_norm_bound(w, input_size=size, transposed=True, **_sizes(geometry)),
+        scaled_weight=scaled_weight,
+        axis=-1 - spatial,
+    )
+
+
+def _sizes(geometry: Mapping[str, Any]) -> dict[str, Any]:
+    """PyTorch's functions take `(2,)` where both axes have 2."""
+    return {
+        key: value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
+        for key, value in geometry.items()
+    }
+
+
+def _weight(x: Any, weight: Any, bias: Any) -> Tensor:
+    """A layer's weight as a constant of the bounds."""
+    if isinstance(weight, Signal) or not isinstance(x, Signal):
+        raise Unsupported(PRODUCT)
+    if isinstance(bias, Signal):
+        raise Unsupported("its bias depends on the input; add it in a step of its own")
+    return constant(weight)
+
+
+def matmul(function: Any, *operands: Any, **kwargs: Any) -> Signal:
+    """Products with one constant: matrices, vectors, `einsum`."""
+    signals = [each for each in operands if isinstance(each, Signal)]
+    constants = [each for each in operands if isinstance(each, Tensor)]
+    if len(signals) != 1 or len(constants) != 1:
+        raise Unsupported(PRODUCT if len(signals) > 1 else "it has more than one constant factor")
+
+    def apply(x: Tensor, weight: Tensor) -> Tensor:
+        filled = [
+            x if isinstance(each, Signal) else weight if isinstance(each, Tensor) else each
+            for each in operands
+        ]
+        result: Tensor = function(*filled, **kwargs)
+        return result
+
+    # Of an einsum, the matrix of the map is another one than the constant.
+    plain = constants[0].dim() == 2 and not isinstance(operands[0], str)
+    norm = linear_norm_bound if plain else None
+    return weighted(signals[0], apply, constant(constants[0]), norm=norm)
+
+
+def batch_norm(
+    function: Any,
+    x: Signal,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Signal:
+    """Normalisation in eval mode: a factor for each channel."""
+    if training:
+        raise Unsupported("it normalises by the batch's own statistics; " + TRAINING)
+    factors = (constant(running_var) + eps).rsqrt()
+    if weight is not None:
+        factors = factors * constant(weight)
+    return scaled(x, factors.reshape(-1, *(1,) * (len(x.shape) - 2)))
+
+
+def interpolate(function: Any, x: Signal, *args: Any, **kwargs: Any) -> Any:
+    """Interpolation whose weights are not negative."""
+    if kwargs.get("mode", args[2] if len(args) > 2 else "nearest") == "bicubic":
+        raise Unsupported("its bicubic weights are of both signs; use mode='bilinear'")
+    return moved(function, x, *args, **kwargs)
+
+
+def pad(function: Any, x: Signal, pad: Any, mode: str = "constant", value: Any = None) -> Any:
+    """Any padding; a value to pad with is a constant."""
+    return moved(function, x, pad, mode)
+
+
+def masked_fill(function: Any, x: Any, mask: Any, value: Any) -> Any:
+    """What is filled in is a constant."""
+    if isinstance(value, Signal) or not isinstance(x, Signal):
+        raise Unsupported("it fills in what depends on the input; use torch.where")
+    return moved(function, x, mask, 0.0)
