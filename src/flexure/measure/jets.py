@@ -1,0 +1,108 @@
+"""`flexure.jet`: directional derivatives of all orders at once, by Taylor-mode propagation.
+
+A polynomial in t, x + t·v, goes through the function's own code, operation by operation; the
+coefficients of what comes out are the derivatives over factorials. Which operations it passes is
+the catalogue's: `jet_rules.py` and `jet_layers.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexure.calling import logits_of
+from flexure.contracts import FlexureError
+from flexure.measure.jet_layers import KINKS, LAYERS, UNITS
+from flexure.measure.jet_rules import ARITHMETIC
+from flexure.measure.propagate import GENERAL, Carrying, Unsupported, rule_table
+
+__all__ = ["Jet", "jet"]
+
+
+class Jet(Carrying):
+    """A tensor with the coefficients of t, t², ..., tⁿ; `primal` is that of t⁰, None a zero."""
+
+    subject = "jet"
+    rules = rule_table({**GENERAL, **KINKS, **ARITHMETIC, **LAYERS})
+
+    def constant(self, primal: Tensor) -> Jet:
+        """A jet of this order of a constant."""
+        return Jet.of(primal, (None,) * len(self.carried))
+
+    @classmethod
+    def unit_rule(cls, name: str, x: Any, *dials: Any) -> Any:
+        """The unit's Taylor coefficients at x, exact also at x = 0."""
+        if name not in UNITS or not isinstance(x, Jet):
+            raise Unsupported("it has no rule for a jet; use flexure.units.ctu")
+        return UNITS[name](x, *dials)
+
+
+def jet(f: Callable[[Tensor], Any], x: Tensor, v: Tensor, *, order: int) -> Tensor:
+    """The derivatives `Dⁿf(x)[v, ..., v]` for n = 0..order, in one pass.
+
+    Truncated Taylor polynomials of x + t·v are propagated through every operation (Taylor mode,
+    Griewank and Walther, Evaluating Derivatives, chapter 13). Differentiable like the value of f,
+    with respect to its parameters, x and v. Autocast is off inside.
+
+    Args:
+        f: `(B, *shape)` -> `(B,)` or `(B, 1)`, each sample by itself: a smooth function written
+            with torch, or a model in eval mode, which is not changed. Its own code is run.
+        x: (B, *shape), float32 or float64, the points.
+        v: like x, the directions; of any length.
+        order: the highest n, >= 0.
+
+    Returns:
+        `(order + 1, B)`, in the dtype of f's value; row n is the n-th derivative.
+
+    Raises:
+        FlexureError: an operation that jets cannot pass, by its name and that of the module that
+            calls it: one with kinks (ReLU, max-pooling: Dⁿf is 0 almost everywhere for n >= 2),
+            a branch on values, or one without a rule. Or x, v, order or f's value are not as
+            above.
+
+    Example:
+        >>> import torch
+        >>> x, v = torch.zeros(2, 3).double(), torch.ones(2, 3).double()
+        >>> jet(lambda x: torch.exp(x).sum(1), x, v, order=3)[:, 0]
+        tensor([3., 3., 3., 3.], dtype=torch.float64)
+    """
+    _check(x, v, order)
+    seed = Jet.of(x, (v, *(None,) * (order - 1)) if order else ())
+    with torch.autocast(x.device.type, enabled=False):
+        y = f(seed)
+    y = _as_column(logits_of(y), len(x))
+    if not isinstance(y, Jet):
+        y = seed.constant(y)
+    rows = [torch.zeros_like(y.primal) if c is None else c for c in y.carried]
+    return torch.stack(
+        [y.primal, *(float(math.factorial(n)) * c for n, c in enumerate(rows, start=1))]
+    )
+
+
+def _as_column(y: Tensor, batch: int) -> Tensor:
+    if tuple(y.shape) == (batch, 1):
+        return y[:, 0]
+    if tuple(y.shape) != (batch,):
+        raise FlexureError(
+            f"expected f to give one number a sample, shape ({batch},), got {tuple(y.shape)}; "
+            "choose one of its outputs, for example lambda x: model(x)[:, 0]"
+        )
+    return y
+
+
+def _check(x: Any, v: Any, order: Any) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise FlexureError(f"expected x of shape (B, *shape), floating point, got {got}")
+    if not isinstance(v, Tensor) or v.shape != x.shape or v.dtype != x.dtype:
+        got = f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
+        raise FlexureError(
+            f"expected directions v like x, {x.dtype} {tuple(x.shape)}, got {got}; "
+            "torch.randn_like(x) makes some"
+        )
+    if not isinstance(order, int) or isinstance(order, bool) or order < 0:
+        raise FlexureError(f"expected an order of derivatives 0, 1, 2, ..., got {order!r}")
