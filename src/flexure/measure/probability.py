@@ -1,0 +1,104 @@
+"""The scalar of a model whose growth is measured: the probability of its answer.
+
+For measures of functions from inputs to numbers (curvature rate, Sobolev semi-norm), which have no
+labels. Losses and margins of labelled samples are in `fields`. Nothing is differentiated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexure.calling import call_model, logits_of, map_tensors
+from flexure.contracts import FlexureError
+from flexure.measure.checks import unchanged_randomness
+from flexure.measure.fields import measuring, point_of
+
+__all__ = ["at_rows", "check_positive", "pieces", "probability_field", "undisturbed"]
+
+
+def probability_field(f: Callable[..., Any], x: Any) -> Callable[[Tensor], Tensor]:
+    """The function (B, *shape) -> (B,) that stands for `f` near `x`; call it inside `undisturbed`.
+
+    Args:
+        f: a function that returns (B,), itself; a model with logits (B, classes): the probability
+            of the class that is largest at `x`, which stays the same class away from `x`; a model
+            with one output, (B,) or (B, 1): that output.
+        x: an `Example` with one floating-point tensor (B, *shape), which is what the function
+            returned is of; the others are held. `f` is called on it once.
+
+    Raises:
+        FlexureError: `f` returns something else.
+    """
+    point = point_of(x)
+
+    def output(inputs: Tensor) -> Tensor:
+        example = map_tensors(x, lambda leaf: inputs if leaf is point else leaf)
+        return logits_of(call_model(f, example))  # type: ignore[arg-type]
+
+    with torch.no_grad():
+        out = output(point)
+    if out.shape == point.shape[:1]:
+        return output
+    is_model = isinstance(f, nn.Module)
+    if not is_model or out.dim() != 2 or len(out) != len(point):
+        wanted = "(B,), (B, 1) or (B, classes) from the model" if is_model else "(B,) from f"
+        raise FlexureError(
+            f"expected {wanted} for B = {len(point)} samples, got {tuple(out.shape)}; wrap it in a "
+            f"function that returns one number for each sample"
+        )
+    if out.shape[1] == 1:
+        return lambda inputs: output(inputs).squeeze(1)
+    return _probability(output, out.argmax(1, keepdim=True), out)
+
+
+@contextmanager
+def undisturbed(f: Callable[..., Any], x: Any) -> Iterator[None]:
+    """The state in which measures call `f`, without a graph; random generators are put back."""
+    with unchanged_randomness(point_of(x).device), measuring(f), torch.no_grad():
+        yield
+
+
+def pieces(batch: int, chunk: int | None) -> Iterator[slice]:
+    """The rows of a batch, `chunk` at a time; None: all at once."""
+    size = batch if chunk is None else chunk
+    return (slice(start, start + size) for start in range(0, batch, size))
+
+
+def at_rows(x: Any, rows: slice | Tensor) -> Any:
+    """An `Example` of some of the samples of another."""
+    batch = len(point_of(x))
+    return map_tensors(x, lambda t: t[rows] if t.dim() and len(t) == batch else t)
+
+
+def check_positive(**settings: int | None) -> None:
+    """Refuses counts below 1; None is left alone.
+
+    Raises:
+        FlexureError: names the setting.
+    """
+    for name, value in settings.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise FlexureError(f"expected {name} to be a whole number from 1, got {value!r}")
+
+
+def _probability(
+    output: Callable[[Tensor], Tensor], top: Tensor, logits: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """1 / (1 + sum over the other classes of exp(z_j - z_top)), a softmax that does not cancel.
+
+    Of a sure sample's derivatives a softmax would leave only rounding errors. The exponents are
+    not positive at the point where `top` is the largest.
+    """
+    others = torch.ones_like(logits).scatter_(1, top, 0.0)
+
+    def probability(inputs: Tensor) -> Tensor:
+        z = output(inputs)
+        odds_against = ((z - z.gather(1, top)).exp() * others.to(z)).sum(1)
+        return (1 + odds_against).reciprocal()
+
+    return probability

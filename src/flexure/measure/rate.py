@@ -1,0 +1,314 @@
+"""The curvature rate: how fast the derivatives of a function grow with their order.
+
+A finite-order slope of log norms against the order, with everything that it depends on. The
+derivatives themselves come from `jets`, and a model's scalar from `probability`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from flexure.contracts import FlexureError
+from flexure.measure.fields import point_of
+from flexure.measure.jets import jet
+from flexure.measure.probability import (
+    at_rows,
+    check_positive,
+    pieces,
+    probability_field,
+    undisturbed,
+)
+from flexure.per_sample import PerSample
+
+__all__ = ["CurvatureRate", "curvature_rate"]
+
+
+@dataclass(frozen=True)
+class CurvatureRate(PerSample):
+    """Squares of directional derivatives for each of B samples, and the rate that they pool to.
+
+    Attributes:
+        converged: (B,) bool, whether all derivatives of the sample are finite. The others do not
+            count in what is pooled.
+        squares: (B, orders) float64, D^n f(x)[v, ..., v]^2 with unit v, its mean over directions
+            (or its maximum, with `reduction="sup"`). Neither normalised nor calibrated: the
+            properties are.
+        orders: the n of the columns.
+        normalization: `"raw"` (norms of D^n f) or `"factorial"` (of D^n f / n!).
+        calibrate: whether norms are multiplied by kappa_n.
+        dimension: d, the number of elements of one input.
+        directions: per sample.
+        reduction: `"rms"` or `"sup"`, over directions and samples alike.
+    """
+
+    squares: Tensor
+    orders: tuple[int, ...]
+    normalization: str
+    calibrate: bool
+    dimension: int
+    directions: int
+    reduction: str
+
+    @property
+    def log_norms(self) -> Tensor:
+        """(orders,) float64: log v_n, normalised and calibrated.
+
+        -inf where an order vanishes at every sample; nan where no sample has finite derivatives.
+        """
+        used = self._used
+        if not len(used):
+            return torch.full_like(self._factors, torch.nan)
+        return _REDUCTIONS[self.reduction](used, 0).log() / 2 + self._factors
+
+    @property
+    def vanishing(self) -> tuple[int, ...]:
+        """The orders whose derivatives are exactly zero in all directions at all samples."""
+        zero = self.log_norms.isneginf().tolist()
+        return tuple(order for order, is_zero in zip(self.orders, zero, strict=True) if is_zero)
+
+    @property
+    def rate(self) -> float:
+        """The least-squares slope of log v_n against n, [CR]: a slope over *these* orders.
+
+        -inf where all derivatives from some order on vanish, as a polynomial's do; nan where no
+        sample has finite derivatives.
+
+        Raises:
+            FlexureError: an order vanishes and a higher one does not.
+        """
+        gone = self.vanishing
+        if not gone:
+            return float(self._weights @ self.log_norms)
+        if gone == self.orders[-len(gone) :]:
+            return -math.inf
+        raise FlexureError(
+            f"expected derivatives that do not vanish at all samples, got zero at the orders "
+            f"{list(gone)} of {list(self.orders)} but not above; a slope is not defined: give more "
+            f"samples, or orders without them"
+        )
+
+    @property
+    def error(self) -> float:
+        """Standard error of `rate`, delete-one jackknife over samples.
+
+        What it covers: other samples, and other directions (every sample has its own). What not:
+        that a slope over a few orders is not the limit. nan for fewer than two samples, for `sup`
+        (a maximum has no such error) and where the rate is not finite.
+        """
+        used = self._used
+        if len(used) < 2 or self.reduction != "rms" or self.vanishing:
+            return math.nan
+        rest = _sums_without_each(used / used.mean(0)) / (len(used) - 1)
+        rates = (rest.log() / 2) @ self._weights
+        spread = (rates - rates.mean()).square().sum() * (len(used) - 1) / len(used)
+        return float(spread.sqrt())
+
+    @property
+    def fitted(self) -> Tensor:
+        """(orders,) float64: the line through `log_norms` at the orders."""
+        orders = self._orders
+        return self.log_norms.mean() + self.rate * (orders - orders.mean())
+
+    @property
+    def fit_residual(self) -> float:
+        """Root mean square distance of `log_norms` from the line; nan where a rate is infinite."""
+        return float((self.log_norms - self.fitted).square().mean().sqrt())
+
+    def with_normalization(self, normalization: str) -> CurvatureRate:
+        """The same derivatives, normalised otherwise: rates differ by a constant of the orders.
+
+        Raises:
+            FlexureError: an unknown normalisation.
+        """
+        _check_named("normalization", normalization, _NORMALIZATIONS)
+        return replace(self, normalization=normalization)
+
+    def __str__(self) -> str:
+        settings = [
+            f"over orders {', '.join(map(str, self.orders))}",
+            self.normalization,
+            self.reduction,
+            f"calibrated for dimension {self.dimension}" if self.calibrate else "not calibrated",
+            f"{len(self._used)} of {len(self)} samples",
+            f"{self.directions} directions",
+        ]
+        if self.vanishing:
+            found = f"vanishing at the orders {', '.join(map(str, self.vanishing))}"
+        else:
+            found = f"{self.rate:.4f} ± {self.error:.4f} (fit residual {self.fit_residual:.3f})"
+        return f"curvature rate {found}: {'; '.join(settings)}"
+
+    @property
+    def _used(self) -> Tensor:
+        return self.squares[self.converged]
+
+    @property
+    def _orders(self) -> Tensor:
+        return torch.tensor(self.orders, dtype=torch.float64, device=self.squares.device)
+
+    @property
+    def _weights(self) -> Tensor:
+        """(orders,) such that the slope is their product with the log norms."""
+        centred = self._orders - self._orders.mean()
+        return centred / centred.square().sum()
+
+    @property
+    def _factors(self) -> Tensor:
+        """(orders,) logs of what the norms are multiplied by."""
+        log_factor = _NORMALIZATIONS[self.normalization]
+        return torch.tensor(
+            [
+                log_factor(n) + (_log_calibration(n, self.dimension) if self.calibrate else 0.0)
+                for n in self.orders
+            ],
+            dtype=torch.float64,
+            device=self.squares.device,
+        )
+
+
+def curvature_rate(
+    f: Callable[..., Any],
+    x: Any,
+    *,
+    orders: Sequence[int] = (1, 2, 3, 4),
+    directions: int = 16,
+    normalization: str = "raw",
+    calibrate: bool = True,
+    generator: Generator | None = None,
+    reduction: str = "rms",
+    chunk: int | None = None,
+) -> CurvatureRate:
+    """The curvature rate of `f` at `x`: the slope of log v_n against n, [CR].
+
+    v_n is the root mean square of D^n f(x)[v, ..., v] over samples x and random unit directions v
+    (the mean before the logarithm). The limit of large n that the paper writes is infinite for
+    tanh, softplus and CTU networks; this is a slope over finite orders, and depends on them.
+
+    Random directions see less of a derivative the higher the dimension d. Calibration multiplies
+    v_n by kappa_n = sqrt(prod_{i<n} (d + 2i) / (2n - 1)!!), exact for derivatives of rank one and
+    the root mean square; without it rates of different dimensions are not comparable.
+
+    Example:
+        >>> x = torch.rand(64, 3, dtype=torch.float64)
+        >>> found = curvature_rate(lambda x: torch.exp(2 * x).sum(1), x)
+        >>> found.orders, found.dimension
+        ((1, 2, 3, 4), 3)
+
+    Args:
+        f: (B, *shape) -> (B,), each sample by itself; or a model: the probability of the class
+            that is largest at `x`, held fixed, and for a model with one output that output.
+        x: (B, *shape) float32 or float64; or an `Example` with one such tensor, the others held.
+        orders: at least two, increasing, from 1; default of [CR].
+        directions: unit directions for each sample; every one costs a jet of the highest order.
+        normalization: `"raw"`: log of the cut-off frequency for band-limited functions;
+            `"factorial"`: v_n / n!, minus the log of the radius of convergence.
+        calibrate: multiply by kappa_n.
+        generator: of the CPU, draws the directions of all samples before they are cut into chunks;
+            None: a fresh one with seed 0.
+        reduction: `"rms"`, or `"sup"`: the largest over the drawn directions and samples, a lower
+            bound of the supremum that grows with their number. Calibration removes most, not
+            all, of the dimension from it.
+        chunk: samples at a time; None: all. Directions are taken one at a time. Memory grows with
+            it, results do not change.
+
+    Returns:
+        Squares per sample; `rate`, `error` and `log_norms` pool them. Exact but for the directions:
+        the derivatives are Taylor coefficients, not differences.
+
+    Raises:
+        FlexureError: bad settings or inputs; `f` returns something else than (B,); or `f` has an
+            operation that has no derivatives of these orders (ReLU, max-pooling), which is named.
+    """
+    ordered = _checked_orders(orders)
+    check_positive(directions=directions, chunk=chunk)
+    _check_named("normalization", normalization, _NORMALIZATIONS)
+    _check_named("reduction", reduction, _REDUCTIONS)
+    drawn_from = torch.Generator().manual_seed(0) if generator is None else generator
+    point = point_of(x).detach()
+    with undisturbed(f, x):
+        parts = [
+            (rows, probability_field(f, at_rows(x, rows))) for rows in pieces(len(point), chunk)
+        ]
+        found = torch.stack(
+            [_squares(parts, point, _unit(point, drawn_from), ordered) for _ in range(directions)]
+        )
+    squares = _REDUCTIONS[reduction](found, 0)
+    return CurvatureRate(
+        converged=squares.isfinite().all(1),
+        squares=squares,
+        orders=ordered,
+        normalization=normalization,
+        calibrate=calibrate,
+        dimension=point[0].numel(),
+        directions=directions,
+        reduction=reduction,
+    )
+
+
+_NORMALIZATIONS: dict[str, Callable[[int], float]] = {
+    "raw": lambda order: 0.0,
+    "factorial": lambda order: -math.lgamma(order + 1),
+}
+"""Logs of what derivatives of an order are multiplied by."""
+
+_REDUCTIONS: dict[str, Callable[[Tensor, int], Tensor]] = {"rms": torch.mean, "sup": torch.amax}
+"""What squares are pooled by, over a dimension; both keep nan."""
+
+
+def _checked_orders(orders: Sequence[int]) -> tuple[int, ...]:
+    ordered = tuple(orders)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in ordered)
+    if not whole or len(ordered) < 2 or ordered[0] < 1 or sorted(set(ordered)) != list(ordered):
+        raise FlexureError(
+            f"expected at least two orders of derivatives, whole numbers from 1 that increase, got "
+            f"{list(ordered)}; for example orders=(1, 2, 3, 4)"
+        )
+    return ordered
+
+
+def _check_named(setting: str, value: str, known: dict[str, Any]) -> None:
+    if value not in known:
+        raise FlexureError(
+            f"expected {setting} to be one of {', '.join(map(repr, known))}, got {value!r}"
+        )
+
+
+def _unit(x: Tensor, generator: Generator) -> Tensor:
+    """One unit direction a sample, the same ones whatever the dtype and the device."""
+    v = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    v /= v.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
+    return v.to(x)
+
+
+def _squares(
+    parts: Sequence[tuple[slice, Callable[[Tensor], Tensor]]],
+    x: Tensor,
+    v: Tensor,
+    orders: tuple[int, ...],
+) -> Tensor:
+    """(B, orders) float64: squared derivatives along one direction a sample."""
+    jets = [jet(field, x[rows], v[rows], order=orders[-1]) for rows, field in parts]
+    # In float32, the square of a derivative overflows long before the derivative does.
+    return torch.cat(jets, dim=1)[list(orders)].T.double().square()
+
+
+def _log_calibration(order: int, dimension: int) -> float:
+    """log kappa_n: -1/2 log E[(a . v)^(2n)] for unit a and uniformly distributed unit v."""
+    return sum(math.log((dimension + 2 * i) / (1 + 2 * i)) for i in range(order)) / 2
+
+
+def _sums_without_each(values: Tensor) -> Tensor:
+    """Row i: the sum of all other rows. By sums from both ends: subtracting would cancel."""
+    above = _shifted(values.cumsum(0))
+    below = _shifted(values.flip(0).cumsum(0)).flip(0)
+    return above + below
+
+
+def _shifted(sums: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(sums[:1]), sums[:-1]])
