@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from flexure.measure.constant_weights import ConstantWeights
 from flexure.measure.fields import Field
 
 __all__ = ["PRODUCTS", "DoubleBackward", "ForwardOverReverse", "HessianProducts"]
@@ -70,7 +71,7 @@ class ForwardOverReverse:
     def __init__(self, field: Field) -> None:
         self._field = field
         point = field.x.detach().requires_grad_()
-        values = field(point)
+        values = _values(field, point)
         self.values = values.detach()
         self.gradient = _gradient(values, point, create_graph=False)
 
@@ -81,7 +82,7 @@ class ForwardOverReverse:
             point = forward_ad.make_dual(  # type: ignore[no-untyped-call]
                 field.x.detach().requires_grad_(), v
             )
-            gradient = _gradient(field(point), point, create_graph=False)
+            gradient = _gradient(_values(field, point), point, create_graph=False)
             product: Tensor | None = forward_ad.unpack_dual(  # type: ignore[no-untyped-call]
                 gradient
             ).tangent
@@ -100,7 +101,7 @@ class _Graph:
 
     def __init__(self, field: Field) -> None:
         self.point = field.x.detach().requires_grad_()
-        self.values = field(self.point)
+        self.values = _values(field, self.point)
         self.gradient = _gradient(self.values, self.point, create_graph=True)
 
     def product(self, v: Tensor) -> Tensor:
@@ -111,6 +112,12 @@ class _Graph:
             self.gradient, self.point, v, retain_graph=True, materialize_grads=True
         )[0]
         return product
+
+
+def _values(field: Field, point: Tensor) -> Tensor:
+    """f at a leaf. Models see a copy, which they may overwrite."""
+    with ConstantWeights():
+        return field(point.clone())
 
 
 def _gradient(values: Tensor, point: Tensor, *, create_graph: bool) -> Tensor:
