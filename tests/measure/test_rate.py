@@ -254,6 +254,15 @@ def test_error_is_the_jackknife() -> None:
     assert found.error == pytest.approx(math.sqrt(5 / 6 * 6 * np.var(rates)), rel=1e-9)
 
 
+def test_effective_samples() -> None:
+    squares = torch.tensor([[1.0, 4.0], [1.0, 0.0], [1.0, 0.0], [1.0, 4.0]], dtype=torch.float64)
+    found = CurvatureRate(torch.ones(4).bool(), squares, (1, 2), "raw", True, 3, 2, "rms")
+    assert found.effective_samples.tolist() == [4.0, 2.0]
+    assert "4 of 4 samples (2.0 effective)" in str(found)
+    assert replace(found, squares=0 * squares).effective_samples.tolist() == [0.0, 0.0]
+    assert found.taken(slice(0, 0)).effective_samples.tolist() == [0.0, 0.0]
+
+
 def test_sup_is_at_least_rms() -> None:
     model, x = network(5, (2, 8, 3), nn.Tanh), points(6, 2)
     rms, sup = (curvature_rate(model, x, reduction=reduction) for reduction in ("rms", "sup"))

@@ -94,12 +94,24 @@ class CurvatureRate(PerSample):
         )
 
     @property
+    def effective_samples(self) -> Tensor:
+        """(orders,) how many equal samples would carry a norm, (sum s)^2 / (sum s^2); 0: none.
+
+        Squares of high derivatives have long tails. Where this is a handful, few samples decide
+        the norm, and `error` is too small more often than not: more samples and directions help.
+        """
+        total = self._used.sum(0)
+        shares = self._used / total
+        return torch.where(total > 0, 1 / shares.square().sum(0), 0.0)
+
+    @property
     def error(self) -> float:
         """Standard error of `rate`, delete-one jackknife over samples.
 
-        What it covers: other samples, and other directions (every sample has its own). What not:
-        that a slope over a few orders is not the limit. nan for fewer than two samples, for `sup`
-        (a maximum has no such error) and where the rate is not finite.
+        What it covers: other samples, and other directions (every sample has its own), as far as
+        `effective_samples` are many. What not: that a slope over a few orders is not the limit.
+        nan for fewer than two samples, for `sup` (a maximum has no such error) and where the rate
+        is not finite.
         """
         used = self._used
         if len(used) < 2 or self.reduction != "rms" or self.vanishing:
@@ -135,7 +147,8 @@ class CurvatureRate(PerSample):
             self.normalization,
             self.reduction,
             f"calibrated for dimension {self.dimension}" if self.calibrate else "not calibrated",
-            f"{len(self._used)} of {len(self)} samples",
+            f"{len(self._used)} of {len(self)} samples "
+            f"({self.effective_samples.min():.1f} effective)",
             f"{self.directions} directions",
         ]
         if self.vanishing:
