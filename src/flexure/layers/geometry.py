@@ -176,12 +176,13 @@ def padded_axis(x: Tensor, axis: Axis, dim: int, spatial: int = 1) -> Tensor:
 
 
 def per_axis(name: str, value: Sizes, spatial: int) -> tuple[int, ...]:
-    """One number an axis.
+    """One number an axis; a sequence of one stands for all, as in PyTorch's functions.
 
     Raises:
         FlexureError: the number of axes is another.
     """
-    values = (value,) * spatial if isinstance(value, int) else tuple(value)
+    values = (value,) if isinstance(value, int) else tuple(value)
+    values = values * spatial if len(values) == 1 else values
     if len(values) != spatial:
         raise FlexureError(
             f"expected {name} to be a number or {spatial} of them, got {value!r}; give one an axis"
@@ -206,7 +207,8 @@ def _paddings(
         raise FlexureError(
             f"expected padding 'same', 'valid' or numbers, got {padding!r}; give one of them"
         )
-    widths = [padding] * len(kernel) if isinstance(padding, int) else list(padding)
+    widths = [padding] if isinstance(padding, int) else list(padding)
+    widths = widths * len(kernel) if len(widths) == 1 else widths
     if len(widths) != len(kernel):
         raise FlexureError(
             f"expected padding for {len(kernel)} axes, got {padding!r}; give one an axis"

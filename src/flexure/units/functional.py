@@ -154,7 +154,8 @@ def balanced_c(beta: float | Tensor) -> float | Tensor:
 def ctu_slope_range(c: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
     """Bounds on `ctu_slope` for every x and beta: `(-0.0998·c, 1 + 0.0998·c)`.
 
-    Attained at c = 1. They replace Lemma C.2 of [CT], whose constant 0.2239 is loose.
+    Attained at c = 1. They replace Lemma C.2 of [CT], whose constant 0.2239 is loose. The exact
+    range for a given beta is in `bounds.ctu_bounds`.
     """
     c = _as_dial("c", c)
     return -MAX_SLOPE_EXCESS * c, 1.0 + MAX_SLOPE_EXCESS * c
