@@ -15,9 +15,10 @@ from dataclasses import fields
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from flexure.calling import take
+from flexure.calling import seeded, take
 from flexure.contracts import Batches, DataError, FlexureError
 from flexure.measure.bounds import HessianBound, hessian_bound
 from flexure.measure.over import Summary, over
@@ -32,10 +33,22 @@ from flexure.processes import current_processes
 from flexure.progress import Progress, ProgressReporter
 from flexure.record import versions
 
-__all__ = ["RATE_SAMPLES", "Measurements", "ModelMeasurements", "compared", "measure_model"]
+__all__ = [
+    "NOISE_SAMPLES",
+    "RATE_SAMPLES",
+    "Measurements",
+    "ModelMeasurements",
+    "compared",
+    "measure_model",
+]
 
 RATE_SAMPLES = 256
-"""Samples that the curvature rate takes unless told otherwise: it costs the most a sample."""
+"""Samples that the curvature rate takes unless told otherwise: several times the curvature's cost
+each, and it pools over all of them."""
+
+NOISE_SAMPLES = 64
+"""Samples that the gradient's change under noise takes: the bound beside it is some twenty
+measurements of curvature each."""
 
 _CACHE_BYTES = 2**30  # inputs up to this size are preprocessed once and kept
 
@@ -49,7 +62,7 @@ def measure_model(
     measures: Sequence[str] | None = None,
     curvature_samples: int | None = None,
     rate_samples: int | None = RATE_SAMPLES,
-    noise_samples: int | None = None,
+    noise_samples: int | None = NOISE_SAMPLES,
     tol: float = 1e-2,
     radii: Sequence[float] | None = None,
     directions: int = 16,
@@ -115,6 +128,7 @@ def measure_model(
         seed=_seed(seed),
     )
     models = _named(names, model, against)
+    _check_settings(asked, settings)
     samples = read_samples(batches, "measured", cache_bytes=_CACHE_BYTES)
     kept = None if store is None else MeasuredStore(store, _parts(models, samples, settings))
     reporter = ProgressReporter(progress if current_processes().is_first else None)
@@ -280,6 +294,16 @@ def _seed(seed: int) -> int:
     if not whole or not 0 <= seed < 2**64:
         raise FlexureError(f"expected a whole seed, at least 0 and below 2^64, got {seed!r}")
     return int(seed)
+
+
+def _check_settings(asked: Sequence[str], settings: Settings) -> None:
+    """Refuses settings that measures refuse even for a network that fits all of them."""
+    with seeded(0):
+        fits = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)).eval()
+    sample = (torch.ones(1, 2), torch.zeros(1, dtype=torch.int64))
+    for measure in asked:
+        if measure in MEASURES:
+            over(MEASURES[measure].bind(fits, settings), [sample])
 
 
 def _parts(models: Mapping[str, nn.Module], samples: Samples, settings: Settings) -> dict[str, str]:

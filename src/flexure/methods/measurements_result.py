@@ -59,6 +59,13 @@ class ModelMeasurements:
     refusals: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything in JSON terms, every sample's values included."""
+        own = {name: to_json(getattr(self, name)) for name in self.__dataclass_fields__}
+        if self.bound is not None:
+            own["bound"] |= {"cross_entropy": to_json(self.bound.cross_entropy)}
+        return own
+
     @property
     def curvature(self) -> Summary[Any] | None:
         """Of `Curvature`: gradient norm, Hessian norm, normalised curvature."""

@@ -37,7 +37,7 @@ class Settings:
 
     Attributes:
         tol: relative residual at which the Hessian norm of a sample counts as converged.
-        radii: of the noise, in units of the input's l2 norm as the measure defines it.
+        radii: l2 norms of the noise, in units of the input; None: the measure's own.
         directions: of the curvature rate, for each sample.
         orders: of the derivatives that the curvature rate is fitted to.
         normalization: of these, `"raw"` or `"factorial"`.
@@ -72,7 +72,7 @@ class MeasureRow:
 
 
 def _curvature(model: nn.Module, settings: Settings) -> Measure:
-    given = {} if settings.memory is None else {"memory": settings.memory}
+    given: dict[str, Any] = {} if settings.memory is None else {"memory": settings.memory}
     return partial(curvature, model, tol=settings.tol, **given)
 
 
@@ -87,12 +87,12 @@ def _rate(model: nn.Module, settings: Settings) -> Any:
 
 
 def _gradient_change(model: nn.Module, settings: Settings) -> Measure:
-    given = {} if settings.radii is None else {"radii": settings.radii}
-    return partial(gradient_change, model, **given)
+    given: dict[str, Any] = {} if settings.radii is None else {"radii": settings.radii}
+    return partial(gradient_change, model, tol=settings.tol, **given)
 
 
 def _calibration(model: nn.Module, settings: Settings) -> Measure:
-    return lambda x, y, /, *, generator: calibration(model, x, y)
+    return partial(calibration, model)
 
 
 _OF_NORMS = (MEDIAN, MEAN)  # norms span decades: a mean of them is that of few samples

@@ -241,8 +241,8 @@ def _listed(*columns: Tensor) -> list[Interval]:
 
 
 def _columns(summary: Summary[Any], name: str) -> tuple[Tensor, ...]:
-    values = summary.result.samples()[name].detach().cpu().double()
-    return values.reshape(len(values), -1).unbind(1)
+    values: Tensor = summary.result.samples()[name].detach().cpu().double()
+    return tuple(values.reshape(len(values), -1).T)
 
 
 def _middle(values: Tensor) -> Interval:

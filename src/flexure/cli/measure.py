@@ -1,0 +1,245 @@
+"""`flexure measure`: the curvature of a network, or of two side by side."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from flexure.cli.common import (
+    AsJson,
+    Device,
+    Model,
+    Resume,
+    Seed,
+    discard,
+    load,
+    print_json,
+    resumable,
+    users_code,
+    working,
+)
+from flexure.contracts import FlexureError, LabelledData, LoadedModel
+from flexure.data import PreparedBatches, Subset, batches, load_data
+from flexure.methods.load import load_adapter
+from flexure.methods.measurements import NOISE_SAMPLES, RATE_SAMPLES, Measurements, measure_model
+from flexure.methods.measures import BOUND, MEASURES
+from flexure.methods.steer import steer as steer_model
+from flexure.record import check_writable, record, write_json
+
+__all__ = ["measure"]
+
+_STORE = ".flexure-measure"  # in the output folder, while a measurement is unfinished
+_MOST = 1_000_000_000
+_SPLITS = ("test", "validation", "train")  # the first that the data have
+
+
+def measure(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Data address: sklearn:digits, npz:FILE, idx:DIR, folder:DIR, hf:NAME.",
+            show_default=False,
+        ),
+    ],
+    against: Annotated[
+        str | None, typer.Option(help="Address of another model, measured on the same samples.")
+    ] = None,
+    steer: Annotated[
+        str | None,
+        typer.Option(
+            help="BETA or BETA,C: steer MODEL there first; without --against it is compared with "
+            "itself unsteered."
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a saved adapter to put into MODEL first.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("flexure-measure"),
+    split: Annotated[
+        str | None,
+        typer.Option(help=f"Of the data; default: the first there is of {', '.join(_SPLITS)}."),
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=1, max=_MOST, help="Drawn at random from the split, all if it has no more."
+        ),
+    ] = 256,
+    rate_samples: Annotated[
+        int, typer.Option(min=1, max=_MOST, help="Of these, for the curvature rate.")
+    ] = RATE_SAMPLES,
+    noise_samples: Annotated[
+        int, typer.Option(min=1, max=_MOST, help="Of these, for the gradient under noise.")
+    ] = NOISE_SAMPLES,
+    measures: Annotated[str, typer.Option(help="What to measure, with commas.")] = ",".join(
+        (*MEASURES, BOUND)
+    ),
+    tol: Annotated[
+        float, typer.Option(help="Relative residual of the Hessian norm's eigenvector.")
+    ] = 1e-2,
+    orders: Annotated[
+        str, typer.Option(help="Orders of the curvature rate, with commas.")
+    ] = "1,2,3,4",
+    directions: Annotated[
+        int,
+        typer.Option(min=1, max=100_000, help="Random directions of the curvature rate, a sample."),
+    ] = 16,
+    normalization: Annotated[
+        str, typer.Option(help="Of the curvature rate: raw or factorial.")
+    ] = "raw",
+    radii: Annotated[
+        str | None, typer.Option(help="Radii of the noise, with commas.", show_default=False)
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What the Hessian norm may use at once, such as 2GiB; default: no limit."
+        ),
+    ] = None,
+    device: Device = "cpu",
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Samples that are measured together.")
+    ] = 32,
+    seed: Seed = 42,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the curvature of a network, or of two; write results and report."""
+    dials = None if steer is None else _dials(steer)
+    settings: dict[str, Any] = {
+        "measures": [part.strip() for part in measures.split(",") if part.strip()],
+        "rate_samples": rate_samples,
+        "noise_samples": noise_samples,
+        "tol": tol,
+        "orders": _numbers("--orders", orders, int),
+        "directions": directions,
+        "normalization": normalization,
+        "radii": None if radii is None else _numbers("--radii", radii, float),
+        "memory": memory,
+        "seed": seed,
+    }
+    store = check_writable(out) / _STORE
+    with working(store, "measurement", resume=resume), users_code(), resumable():
+        loaded = load(model, device)
+        other = None if against is None else load(against, device)
+        chosen, split = _drawn(load_data(data), split, samples, seed)
+        given = batches(
+            chosen,
+            preprocess=loaded.preprocess,
+            batch_size=batch_size,
+            device=device,
+            cache=True,
+        )
+        pair = _pair(loaded, other, dials, adapter, given)
+        found = measure_model(
+            pair.model,
+            given,
+            against=pair.against,
+            names=pair.names,
+            **settings,
+            store=store,
+            progress=not as_json and sys.stderr.isatty(),
+        )
+    config = {
+        "model": model, "data": data, "against": against, "steer": steer, "adapter": adapter,
+        "names": pair.names, "split": split, "samples": len(chosen), **settings,
+        "preprocess": repr(loaded.preprocess), "batch_size": batch_size, "device": device,
+    }  # fmt: skip
+    payload = record(config=config, seed=seed, numbers=found.to_dict())
+    write_json(out / "results.json", payload)
+    _write_page(out / "report.html", found, payload)
+    discard(store)
+    if as_json:
+        print_json(payload)
+    else:
+        _print(found, out)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What is measured, and what it is compared with if anything."""
+
+    model: nn.Module
+    against: nn.Module | None
+    names: tuple[str, str]
+
+
+def _pair(
+    loaded: LoadedModel,
+    other: LoadedModel | None,
+    dials: tuple[float, float] | None,
+    adapter: Path | None,
+    given: PreparedBatches,
+) -> _Pair:
+    """The model as it was asked for, and the other one.
+
+    Raises:
+        FlexureError: no such dial, adapter, or sites; or both a dial and an adapter.
+    """
+    if dials is not None and adapter is not None:
+        raise FlexureError("expected --steer or --adapter, got both; choose one")
+    model, name = loaded.model, "model"
+    second = None if other is None else other.model
+    second_name = "against"
+    if dials is not None:
+        beta, c = dials
+        if second is None:
+            second, second_name = deepcopy(model), "unsteered"
+        x, _ = next(iter(given))
+        steer_model(model, beta=beta, c=c, example=x[:2])
+        name = f"beta {beta:g}"
+    if adapter is not None:
+        load_adapter(model, adapter)
+        name = "adapted"
+    return _Pair(model, second, (name, second_name))
+
+
+def _drawn(
+    data: dict[str, LabelledData], wanted: str | None, samples: int, seed: int
+) -> tuple[LabelledData, str]:
+    """So many samples of a split in the data's order, drawn without regard to their class."""
+    there = [name for name in _SPLITS if name in data]
+    name = there[0] if wanted is None else wanted
+    if name not in data:
+        raise FlexureError(f"expected --split among {', '.join(there)}, got {wanted!r}")
+    whole = data[name]
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(whole), generator=generator)[:samples].sort().values
+    return Subset(whole, rows), name
+
+
+def _dials(text: str) -> tuple[float, float]:
+    values = _numbers("--steer", text, float)
+    if len(values) > 2:
+        raise FlexureError(f"expected --steer like 0.8 or 0.8,0.5, got {text!r}")
+    return values[0], values[1] if len(values) > 1 else 0.5
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise FlexureError(f"expected {option} to be numbers with commas, got {text!r}") from None
+
+
+def _write_page(path: Path, found: Measurements, payload: dict[str, Any]) -> None:
+    from flexure.report import run_table
+    from flexure.report.measure import measure_page
+
+    title = f"{payload['config']['model']} measured on {payload['config']['data']}"
+    measure_page(path, found, title=title, run=run_table(payload))
+
+
+def _print(found: Measurements, out: Path) -> None:
+    typer.echo(str(found))
+    typer.echo(f"Report:  {out / 'report.html'}")
+    typer.echo(f"Results: {out / 'results.json'}")
