@@ -1,0 +1,252 @@
+"""`flexure measure` from end to end, on tiny networks and the digits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import flexure
+from flexure.cli import main
+
+MODEL = """
+import time
+import torch
+from torch import nn
+
+def made(activation, classes=10):
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(64, 12), activation, nn.Linear(12, classes)]
+    return nn.Sequential(*layers).eval()
+
+def small():
+    return made(nn.ReLU())
+
+def smooth():
+    return made(nn.Tanh())
+
+def few():
+    return made(nn.ReLU(), classes=3)
+
+class Slowly(nn.Module):
+    def forward(self, x):
+        time.sleep(0.01)
+        return x
+
+def slow():
+    return nn.Sequential(Slowly(), made(nn.Tanh()))
+"""
+
+FAST = ["--samples", "24", "--rate-samples", "10", "--noise-samples", "8", "--batch-size", "8"]
+FAST += ["--directions", "2", "--radii", "0.01,0.1"]
+
+
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexure.methods.paired._RESAMPLES", 100)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "models.py"
+    path.write_text(MODEL)
+    return f"{path}:small"
+
+
+def measure(*args: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `flexure measure ARGS` on the digits, in this process."""
+    given = list(args) if "--data" in args else [*args, "--data", "sklearn:digits"]
+    before, code = sys.argv, 0
+    sys.argv = ["flexure", "measure", *given]
+    try:
+        main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        sys.argv = before
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_measure_writes_everything(model: str, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    code, text, err = measure(model, *FAST, "--out", str(out), capsys=capsys)
+    assert (code, err) == (0, "")
+    assert "normalised curvature, median" in text
+    assert "24 samples; 95 % intervals" in text
+    assert "Note: model has no rate: " in text
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.json"]
+    payload = json.loads((out / "results.json").read_text())
+    (found,) = payload["numbers"]["models"]
+    assert set(found["refusals"]) == {"rate", "bound"}
+    assert len(found["summaries"]["curvature"]["result"]["normalized"]) == 24
+    assert len(found["summaries"]["gradient_change"]["result"]["change"]) == 8
+    assert payload["config"]["split"] == "train"
+    page = (out / "report.html").read_text()
+    assert "<svg" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_steer_compares_with_the_unsteered(model: str, tmp_path: Path, capsys) -> None:
+    arguments = [model, *FAST, "--out", str(tmp_path / "a"), "--json"]
+    code, text, err = measure(*arguments, "--steer", "0.8,0.25", capsys=capsys)
+    assert (code, err) == (0, "")
+    payload = json.loads(text)
+    assert payload == json.loads((tmp_path / "a" / "results.json").read_text())
+    numbers = payload["numbers"]
+    assert [found["name"] for found in numbers["models"]] == ["beta 0.8", "unsteered"]
+    assert [set(found["refusals"]) for found in numbers["models"]] == [set(), {"rate", "bound"}]
+    ratio = next(
+        d for d in numbers["differences"]
+        if (d["quantity"], d["statistic"]) == ("normalized", "median")
+    )  # fmt: skip
+    assert ratio["low"] <= ratio["value"] <= ratio["high"]
+    # The same numbers from Python, on the same samples.
+    plain = flexure.load_model(model).model
+    x = numbers["models"][1]["summaries"]["calibration"]["result"]["nll"]
+    loaded = flexure.load_data("sklearn:digits")["train"]
+    rows = torch.randperm(len(loaded), generator=torch.Generator().manual_seed(42))[:24].sort()
+    prepare = flexure.load_model(model).preprocess
+    images = torch.stack([prepare(loaded[int(i)]) for i in rows.values])
+    nll = torch.nn.functional.cross_entropy(
+        plain(images), loaded.labels[rows.values], reduction="none"
+    )
+    assert torch.allclose(torch.tensor(x), nll, atol=1e-5)
+
+
+def test_two_models_side_by_side(model: str, tmp_path: Path, capsys) -> None:
+    other = model.replace("small", "smooth")
+    arguments = [model, "--against", other, *FAST, "--out", str(tmp_path / "a")]
+    code, text, err = measure(*arguments, "--measures", "curvature,calibration", capsys=capsys)
+    assert (code, err) == (0, "")
+    head = text.splitlines()[1].split()
+    assert head == ["model", "against", "difference"]
+    numbers = json.loads((tmp_path / "a" / "results.json").read_text())["numbers"]
+    assert set(numbers["models"][0]["summaries"]) == {"curvature", "calibration"}
+    assert {d["measure"] for d in numbers["differences"]} == {"curvature", "calibration"}
+
+
+def test_an_adapter_is_measured_in_place(model: str, tmp_path: Path, capsys) -> None:
+    loaded = flexure.load_model(model).model
+    with flexure.steer(loaded, beta=0.6, example=torch.zeros(2, 64)) as steering:
+        steering.save(tmp_path / "adapter")
+    found = []
+    for name, more in (("a", ["--adapter", str(tmp_path / "adapter")]), ("b", ["--steer", "0.6"])):
+        arguments = [model, *FAST, "--measures", "curvature", "--out", str(tmp_path / name)]
+        code, text, _ = measure(*arguments, *more, "--json", capsys=capsys)
+        assert code == 0
+        found.append(json.loads(text)["numbers"]["models"][0])
+    assert found[0]["name"] == "adapted"
+    assert found[0]["estimates"] == found[1]["estimates"]
+
+
+def test_splits_and_sizes(model: str, tmp_path: Path, capsys) -> None:
+    generator = np.random.default_rng(0)
+    arrays = {
+        f"{kind}_{split}": values
+        for split, n in (("train", 30), ("test", 12))
+        for kind, values in (
+            ("x", generator.normal(size=(n, 64)).astype(np.float32)),
+            ("y", np.arange(n) % 10),
+        )
+    }
+    np.savez(tmp_path / "data.npz", **arrays)
+    given = ["--data", f"npz:{tmp_path / 'data.npz'}", "--measures", "calibration", "--json"]
+    for more, split, samples in (([], "test", 12), (["--split", "train"], "train", 24)):
+        out = ["--out", str(tmp_path / split)]
+        code, text, err = measure(model, *FAST, *given, *out, *more, capsys=capsys)
+        assert (code, err) == (0, "")
+        config = json.loads(text)["config"]
+        assert (config["split"], config["samples"]) == (split, samples)
+    code, _, err = measure(model, *given, "--split", "validation", capsys=capsys)
+    assert code == 2
+    assert "expected --split among test, train" in err
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "unknown measure": (["--measures", "beauty"], "curvature, rate"),
+    "no measure": (["--measures", ","], "curvature, rate"),
+    "dial that is no number": (["--steer", "low"], "--steer"),
+    "three dials": (["--steer", "0.8,0.5,0.3"], "--steer"),
+    "beta out of range": (["--steer", "1.5"], "beta"),
+    "steered and adapted": (["--steer", "0.8", "--adapter", "x"], "--steer or --adapter"),
+    "no such adapter": (["--adapter", "absent"], "absent"),
+    "orders": (["--orders", "1,two"], "--orders"),
+    "one order": (["--orders", "2"], "order"),
+    "normalization": (["--normalization", "none"], "normalization"),
+    "radii": (["--radii", "wide"], "--radii"),
+    "radius 0": (["--radii", "0"], "radi"),
+    "samples": (["--samples", "0"], "--samples"),
+    "memory": (["--memory", "little"], "memory"),
+    "tolerance": (["--tol", "nan"], "tol"),
+    "device": (["--device", "tpu9"], "tpu9"),
+    "other model": (["--against", "nothing:at-all"], "flexure:, hf:"),
+    "fewer classes": (["--against", "{folder}/models.py:few"], "label"),
+    "nothing fits": (["--measures", "rate,bound"], "steer"),
+    "no data": (["--data", "npz:absent.npz"], "absent"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line_and_exit_2(name: str, model: str, tmp_path: Path, capsys) -> None:
+    arguments, expected = MISTAKES[name]
+    arguments = [text.format(folder=tmp_path) for text in arguments]
+    out = tmp_path / "out"
+    code, _, err = measure(model, "--out", str(out), *FAST[:-2], *arguments, capsys=capsys)
+    assert code == 2
+    assert err.startswith("flexure: ")
+    assert err.count("\n") == 1
+    assert expected in err
+    assert not (out / "results.json").exists()
+
+
+def numbers_of(folder: Path) -> Any:
+    found = json.loads((folder / "results.json").read_text())["numbers"]
+    for model in found["models"]:
+        model.pop("seconds")
+    return found
+
+
+def test_interrupted_and_resumed_equals_undisturbed(model: str, tmp_path: Path, capsys) -> None:
+    """Ctrl-C in the middle: finished batches are kept, and the result is the same."""
+    arguments = [model.replace("small", "slow"), "--against", model, *FAST, "--samples", "48"]
+    cut, store = tmp_path / "cut", tmp_path / "cut" / ".flexure-measure"
+    command = [sys.executable, "-m", "flexure", "measure", *arguments]
+    process = subprocess.Popen(
+        [*command, "--data", "sklearn:digits", "--out", str(cut)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Where tests run in the background, SIGINT may be ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while process.poll() is None and len(list(store.glob("*.safetensors"))) < 3:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert err == "flexure: interrupted; what is finished is kept, --resume continues it\n"
+    kept = {path: path.stat().st_mtime_ns for path in store.glob("*.safetensors")}
+    assert len(kept) >= 3
+    code, _, err = measure(*arguments, "--out", str(cut), capsys=capsys)
+    assert code == 2
+    assert "holds an unfinished measurement; add --resume to continue it" in err
+    other = [*arguments, "--out", str(cut), "--resume", "--tol", "0.1"]
+    code, _, err = measure(*other, capsys=capsys)
+    assert code == 2
+    assert "another tol" in err
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    for folder, more in ((cut, ["--resume"]), (tmp_path / "whole", [])):
+        code, _, err = measure(*arguments, "--out", str(folder), *more, capsys=capsys)
+        assert (code, err) == (0, "")
+    assert numbers_of(cut) == numbers_of(tmp_path / "whole")
+    assert not store.exists()
