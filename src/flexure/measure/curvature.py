@@ -6,7 +6,7 @@ The equations and the choice of settings; fields, products and Lanczos are their
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,14 +16,21 @@ from torch.nn import functional as F
 from flexure.batched import dots, lanczos, norms, scaled
 from flexure.calling import take
 from flexure.contracts import FlexureError
+from flexure.measure.checks import check_field
+from flexure.measure.chunks import chunk_within
 from flexure.measure.fields import Field, measuring, point_of, scalar_field
 from flexure.measure.products import PRODUCTS
+from flexure.memory import peak_bytes
 from flexure.per_sample import PerSample
 
 __all__ = ["Curvature", "curvature"]
 
 _RANDOM_SHARE = 0.1
 """Norm of the random part of the start vector, that of the gradient's direction being 1."""
+
+
+CHECKED = 8
+"""Samples that are checked at most (SPEC.md, section 2)."""
 
 
 @dataclass(frozen=True)
@@ -63,25 +70,154 @@ def curvature(
     chunk: int | None = None,
     generator: Generator | None = None,
     products: str = "double-backward",
+    memory: int | None = None,
+    check: bool = True,
 ) -> Curvature:
-    """Curvature of each sample."""
+    """Gradient norm, Hessian spectral norm and normalised curvature of each sample.
+
+    For a classifier, f is the cross-entropy at the label. With z the logits, y the label, k the
+    strongest wrong class and the margin m = z_y − z_k − log1p(Σ_{j≠y,k} exp(z_j − z_k)), it is
+    f = softplus(−m), so with σ the sigmoid
+
+        g = ‖∇f‖ = σ(−m)·‖∇m‖,    ‖∇²f‖ = σ(−m)·‖σ(m)∇m∇mᵀ − ∇²m‖,
+        C = ‖∇²f‖ / ‖∇f‖ = ‖σ(m)∇m∇mᵀ − ∇²m‖ / ‖∇m‖:
+
+    σ(−m) cancels, so that C stays exact for confidently right and wrong samples, where f, g and
+    ‖∇²f‖ vanish or saturate. C is that of Srinivas et al. 2022 (Efficient training of low-curvature
+    neural networks, arXiv:2206.07144) without its ε. For any other field (see `y` and `field`)
+    g = ‖∇f‖ and C = ‖∇²f‖/‖∇f‖.
+
+    The spectral norm is found by the Lanczos method, all samples at once, started at ∇m/‖∇m‖ plus
+    0.1 of a random unit vector, and reported as ‖Hu‖, which never exceeds it. A sample has
+    converged when ‖Hu − θu‖ <= tol·|θ| and nothing more than 2·tol larger can hide from the random
+    part of its start, save with a probability of 1 % at most (see `batched.lanczos`). Samples that
+    have converged take no more products.
+
+    The model is evaluated in eval mode, without autocast, and left as it was.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(5, 8), torch.nn.Softplus(), torch.nn.Linear(8, 3)
+        ... )
+        >>> found = curvature(model, torch.randn(4, 5), torch.tensor([0, 2, 1, 0]))
+        >>> found.normalized.shape, bool(found.converged.all())
+        (torch.Size([4]), True)
+        >>> sphere = curvature(model, torch.eye(5), field=lambda x: x.square().sum(1))
+        >>> sphere.gradient_norm.tolist(), sphere.hessian_norm.tolist()
+        ([2.0, 2.0, 2.0, 2.0, 2.0], [2.0, 2.0, 2.0, 2.0, 2.0])
+
+    Args:
+        model: a network or any callable; its output is a tensor or has `.logits`.
+        x: an `Example` of B samples with exactly one floating-point tensor, float32 or float64,
+            which is what derivatives are with respect to.
+        y: (B,) integer labels; or floating-point targets of the output's shape, for which f is half
+            the squared error. None: the predicted class; of a model with one output a sample, f is
+            that output.
+        field: f itself, (B, *shape) -> (B,), twice differentiable, each value depending on its own
+            sample alone; replaces all that. `model` is still put in eval mode and checked.
+        tol: relative residual asked for. The default is that of SPEC.md, section 2.
+        max_products: Hessian-vector products that a sample may take; those that need more are
+            returned with `converged` False.
+        chunk: samples at a time; None: all, or as many as fit `memory`.
+        generator: of the CPU, for the start vectors; None: a new one, seeded 0.
+        products: how Hessian-vector products are computed, a name in `products.PRODUCTS`:
+            "double-backward" keeps the graph of the gradient; "forward-over-reverse" keeps no graph
+            between products, is slower, and asks for forward-mode derivatives of every operator.
+        memory: bytes that may be held beyond the model and x; the chunk is chosen to fit.
+        check: whether to hold the derivatives of at most 8 samples against finite differences in
+            float64 first, as a Lanczos residual cannot see a wrong product.
+
+    Returns:
+        Curvature, with the values of each sample; chunks change them by rounding only.
+
+    Raises:
+        FlexureError: an argument is out of its range; or derivatives are missing or wrong, samples
+            depend on each other, or values are random (see `checks.check_field`); or `memory` is
+            too little for one sample.
+    """
     if products not in PRODUCTS or (chunk is not None and chunk < 1):
         raise FlexureError(
             f"expected products to be one of {', '.join(PRODUCTS)} and chunk to be at least 1, got "
             f"{products!r} and {chunk}; choose one, or leave them out"
         )
     with measuring(model):
-        point = point_of(x)
-        batch, size = len(point), chunk or len(point)
-        noise = _noise(point, generator)
-        parts = []
-        for first in range(0, batch, size):
-            rows = slice(first, first + size)
-            of = scalar_field(
-                model, take(x, rows, batch), None if y is None else y[rows], field=field
+        run = _Run(model, x, y, field, tol, max_products, products)
+        batch = len(run.point)
+        if check:
+            run.check(min(chunk or batch, CHECKED), memory)
+        noise = _noise(run.point, generator)
+        if chunk is None:
+            chunk = batch if memory is None else run.chunk(noise, memory)
+        starts = range(0, batch, chunk)
+        return Curvature.joined([run.measured(slice(i, i + chunk), noise) for i in starts])
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of `curvature`: its arguments, and what it does with some of the samples."""
+
+    model: Any
+    x: Any
+    y: Tensor | None
+    given: Callable[[Tensor], Tensor] | None
+    tol: float
+    max_products: int
+    products: str
+
+    @property
+    def point(self) -> Tensor:
+        """(B, *shape), what is differentiated with respect to."""
+        return point_of(self.x)
+
+    def field(self, rows: slice) -> Field:
+        """The field of some of the samples."""
+        batch = len(self.point)
+        if self.y is not None and len(self.y) != batch:
+            raise FlexureError(
+                f"expected one target for each of {batch} samples, got {len(self.y)}; give y of "
+                f"the same batch"
             )
-            parts.append(_measured(of, noise[rows], tol, max_products, products))
-    return Curvature.joined(parts)
+        y = None if self.y is None else self.y[rows]
+        return scalar_field(self.model, take(self.x, rows, batch), y, field=self.given)
+
+    def check(self, samples: int, memory: int | None) -> None:
+        """Refuses fields whose derivatives cannot be trusted."""
+        field = self.field(slice(0, samples))
+        model = self.model if isinstance(self.model, nn.Module) else None
+
+        def run() -> None:
+            check_field(field.taken, field.x, model=model, products=self.products)
+
+        if memory is None:
+            run()
+        elif (needed := peak_bytes(run, device=field.x.device)) > memory:
+            raise FlexureError(
+                f"expected a memory budget of at least {needed:,} bytes for the check of second "
+                f"derivatives in float64, got {memory:,}; raise it, or check once with another "
+                f"budget and give check=False"
+            )
+
+    def chunk(self, noise: Tensor, memory: int) -> int:
+        """How many samples fit a budget."""
+        point = self.point
+        length = 2 * (min(self.max_products, point[0].numel()) + 1)
+
+        def run(samples: int) -> None:
+            # A basis that is grown exists twice. Two products show all else that there is at once.
+            basis = point.new_empty(samples, length, *point.shape[1:])
+            replace(self, max_products=2).measured(slice(0, samples), noise)
+            del basis
+
+        return chunk_within(
+            memory, run, batch=len(point), held=2 * noise.nbytes, device=point.device
+        )
+
+    def measured(self, rows: slice, noise: Tensor) -> Curvature:
+        """The curvature of some of the samples."""
+        field = self.field(rows)
+        return _measured(field, noise[rows], self.tol, self.max_products, self.products)
 
 
 def _noise(point: Tensor, generator: Generator | None) -> Tensor:
