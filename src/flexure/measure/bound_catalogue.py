@@ -99,10 +99,19 @@ def _spelled(rule: BoundRule) -> Rule:
         signals = rule(function, *_signals_in(args), **_signals_in(kwargs))
         value = function(*with_primals(args), **with_primals(kwargs))
         if isinstance(value, Tensor):
-            return Bounding.of(value, signals)
-        return type(value)(Bounding.of(v, s) for v, s in zip(value, signals, strict=True))
+            return _carrier(value, signals)
+        return type(value)(_carrier(v, s) for v, s in zip(value, signals, strict=True))
 
     return run
+
+
+def _carrier(value: Tensor, signal: Signal) -> Bounding:
+    if not value.is_floating_point() or value.shape != signal.shape:
+        raise Unsupported(
+            f"its result ({value.dtype}, {tuple(value.shape)}) is not what a linear map or an "
+            f"activation gives; write it with ordinary operations"
+        )
+    return Bounding.of(value, signal)
 
 
 def _signals_in(args: Any) -> Any:

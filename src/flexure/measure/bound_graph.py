@@ -85,7 +85,7 @@ class LinearMap:
         """An upper bound of ‖T‖₂."""
         schur = math.sqrt(_largest(self.row_sums) * _largest(self.column_sums))
         frobenius = float(self.row_norms.norm())
-        return min(schur, frobenius, math.inf if self._norm is None else self._norm())
+        return _smallest(schur, frobenius, math.inf if self._norm is None else self._norm())
 
     @property
     def _largest(self) -> float:
@@ -165,7 +165,7 @@ class Reach:
     def of(elements: Tensor, norm: float) -> Reach:
         """Both bounds, each improved by the other."""
         elements = _defined(elements)
-        norm = min(math.inf if math.isnan(norm) else norm, float(elements.norm()))
+        norm = _smallest(norm, float(elements.norm()))
         return Reach(elements.clamp(max=norm), norm)
 
 
@@ -245,7 +245,7 @@ def _summed(node: Sum, found: dict[int, Reach]) -> tuple[Tensor, float]:
         by_sums = term.map.magnitude(before.elements)
         elements = elements + torch.fmin(by_sums, term.map.row_norms * before.norm)
         norms.append(term.map.norm * before.norm)
-    return elements, math.hypot(*norms) if node.disjoint else math.fsum(norms)
+    return elements, math.hypot(*norms) if node.disjoint else sum(norms)
 
 
 def _met(passed: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -259,7 +259,7 @@ def _met(passed: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def _contribution(index: int, node: Bend, before: Reach, sensitivity: Tensor) -> Bent:
     """‖Zᵀ diag(d) Z‖₂ <= min(max_i |d_i|·‖Z‖₂², Σ_i |d_i|·‖row i of Z‖₂²)."""
     weights = _defined(node.curvature * sensitivity).flatten(1)
-    by_norm = weights.amax(1) * before.norm**2
+    by_norm = weights.amax(1) * (before.norm * before.norm)
     by_units = weights @ before.elements.square().expand(node.shape).flatten()
     bound = _defined(torch.fmin(by_norm, by_units))
     return Bent(index, sensitivity.flatten(1).amax(1), bound)
@@ -279,6 +279,10 @@ def _outer(norms: Tensor, elements: Tensor) -> Tensor:
 
 def _largest(values: Tensor) -> float:
     return float(values.max())
+
+
+def _smallest(*bounds: float) -> float:
+    return min((bound for bound in bounds if not math.isnan(bound)), default=math.inf)
 
 
 def _defined(bounds: Tensor) -> Tensor:

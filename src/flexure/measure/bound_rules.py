@@ -182,7 +182,7 @@ def bent(signal: Signal, slope: Any, curvature: Any, name: str) -> Signal:
 
 def constant(value: Any) -> Tensor:
     """A constant in the arithmetic of the bounds: float64, on the CPU."""
-    return torch.as_tensor(value).detach().to("cpu", torch.float64)
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
 
 
 def _broadcast(*shapes: Sequence[int]) -> torch.Size:
@@ -243,7 +243,10 @@ def _signals(arguments: Any) -> Iterator[Signal]:
 
 
 def _filled(arguments: Any, values: Iterator[Tensor]) -> Any:
-    """Nested arguments with each signal replaced by the next value, and constants by zeros."""
+    """Nested arguments with each signal replaced by the next value, and constants by zeros.
+
+    A dtype that is asked for is that of the bounds.
+    """
     if isinstance(arguments, Signal):
         return next(values)
     if isinstance(arguments, dict):
@@ -253,4 +256,4 @@ def _filled(arguments: Any, values: Iterator[Tensor]) -> Any:
     if isinstance(arguments, Tensor):
         plain = arguments.detach().to("cpu")
         return torch.zeros_like(plain, dtype=torch.float64) if plain.is_floating_point() else plain
-    return arguments
+    return torch.float64 if isinstance(arguments, torch.dtype) else arguments

@@ -197,7 +197,7 @@ def hessian_bound(model: nn.Module, input_shape: Sequence[int]) -> HessianBound:
     anything = torch.ones(1, 1, classes, dtype=torch.float64)
     bent, to_input = backward(graph.nodes, needed, reach, anything)
     rows = tuple(_contributions(graph, bent, each, reach))
-    vector = math.fsum(row.bound for row in rows)
+    vector = sum((row.bound for row in rows), start=0.0)
     return HessianBound(
         logits=each.sum(0).clamp(max=vector),
         vector=vector,
@@ -245,7 +245,7 @@ def _contributions(
     bounds = [
         min(float(b.bound), float(logits.norm())) for b, logits in zip(bent, each, strict=True)
     ]
-    total = math.fsum(bounds)
+    total = sum(bounds)
     for found, bound in zip(bent, bounds, strict=True):
         node = graph.nodes[found.node]
         if isinstance(node, Bend):
