@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -224,6 +225,21 @@ def test_chunks_and_batches() -> None:
     joined = CurvatureRate.joined([whole.taken(slice(0, 2)), whole.taken(slice(2, None))])
     assert joined.rate == whole.rate
     assert joined.error == whole.error
+
+
+def test_streamed() -> None:
+    """Over batches the squares are pooled, not the batches' rates."""
+    model, x = network(1, (3, 6, 3), nn.Tanh), points(7, 3)
+    x[4:] *= 5
+    measure = partial(curvature_rate, model, directions=2)
+    found = flexure.over(measure, [(x[:4],), (x[4:],)], seed=3).result
+    halves = found.taken(slice(0, 4)), found.taken(slice(4, 7))
+    assert CurvatureRate.joined(halves).rate == found.rate
+    squared = [half.log_norms.mul(2).exp() for half in halves]
+    torch.testing.assert_close(
+        found.log_norms.mul(2).exp(), (4 * squared[0] + 3 * squared[1]) / 7, rtol=1e-12, atol=0.0
+    )
+    assert abs(found.rate - (halves[0].rate + halves[1].rate) / 2) > 0.05
 
 
 def test_generator() -> None:

@@ -21,10 +21,11 @@ class Discrepancy:
     Attributes:
         train: mean over the training samples that count.
         test: mean over the test samples that count.
-        relative: (test - train) / train.
+        relative: (test - train) / train; nan where fewer than two samples count on either side, or
+            a mean is not positive: it then has no meaning.
         interval: for `relative`.
         confidence: of the interval.
-        train_samples: how many count: converged and finite.
+        train_samples: how many count: those with a finite number, as in the means of `over`.
         test_samples: likewise.
     """
 
@@ -61,12 +62,10 @@ def discrepancy(
         confidence: of the intervals, in (0, 1).
 
     Returns:
-        A `Discrepancy` for each field that holds one number a sample. Samples that have not
-        converged, or whose number is not finite, do not count.
+        A `Discrepancy` for each field that holds one number a sample.
 
     Raises:
-        FlexureError: the results are not of one measurement; there is no such field; a quantity
-            has fewer than two samples that count, or a mean that is not positive.
+        FlexureError: the results are not of one measurement, or there is no such field.
     """
     if type(train) is not type(test) or train.settings() != test.settings():
         raise FlexureError(
@@ -89,35 +88,28 @@ def discrepancy(
 
 
 def _compared(name: str, train: PerSample, test: PerSample, confidence: float) -> Discrepancy:
-    a, b = _counting(name, train, "training"), _counting(name, test, "test")
+    a, b = _counting(name, train), _counting(name, test)
     means = a.mean().item(), b.mean().item()
-    if min(means) <= 0:
-        raise FlexureError(
-            f"expected positive means of {name!r}, got {means[0]:g} and {means[1]:g}; a relative "
-            f"discrepancy of them has no meaning"
+    relative, interval = math.nan, (math.nan, math.nan)
+    if min(len(a), len(b)) > 1 and min(means) > 0:
+        ratio = means[1] / means[0]
+        variance = sum(
+            (v.std().item() / mean) ** 2 / len(v) for v, mean in zip((a, b), means, strict=True)
         )
-    ratio = means[1] / means[0]
-    variance = sum(
-        (v.std().item() / mean) ** 2 / len(v) for v, mean in zip((a, b), means, strict=True)
-    )
-    width = math.exp(NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance))
+        width = math.exp(NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance))
+        relative, interval = ratio - 1, (ratio / width - 1, ratio * width - 1)
     return Discrepancy(
         train=means[0],
         test=means[1],
-        relative=ratio - 1,
-        interval=(ratio / width - 1, ratio * width - 1),
+        relative=relative,
+        interval=interval,
         confidence=confidence,
         train_samples=len(a),
         test_samples=len(b),
     )
 
 
-def _counting(name: str, result: PerSample, which: str) -> Tensor:
+def _counting(name: str, result: PerSample) -> Tensor:
+    """The samples' numbers that count."""
     values = result.samples()[name].double()
-    values = values[result.converged & values.isfinite()]
-    if len(values) < 2:
-        raise FlexureError(
-            f"expected at least two {which} samples with a converged, finite {name!r}, got "
-            f"{len(values)} of {len(result)}; give more samples, or loosen the measure's tolerance"
-        )
-    return values
+    return values[values.isfinite()]
