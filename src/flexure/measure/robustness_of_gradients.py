@@ -1,0 +1,290 @@
+"""How much a loss's gradient turns and grows under small random noise, beside what C predicts.
+
+[LCNN] (Low-Curvature Networks, Srinivas et al., 2022) Fig. 2 and Proposition 1. The bound's
+equation is in `theorems.py`, the measurement of C in `curvature.py`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from flexure.batched import norms, scaled
+from flexure.calling import map_tensors
+from flexure.contracts import FlexureError
+from flexure.measure.curvature import Curvature, curvature
+from flexure.measure.fields import Field, measuring, point_of, scalar_field
+from flexure.measure.theorems import relative_gradient_bound
+from flexure.per_sample import PerSample
+
+__all__ = ["RADII", "GradientChange", "gradient_change"]
+
+RADII = (1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1)
+"""Half decades of the range of [LCNN] Fig. 2, in units of the model's input."""
+
+_LOST = 0.01
+"""Share of a radius that may be lost by rounding x + ε; there, changes are off by about as much."""
+
+_ROUNDING = 100
+"""Roundings of the input's dtype by which a change may exceed the bound: gradients have as many."""
+
+
+@dataclass(frozen=True)
+class GradientChange(PerSample):
+    """Relative gradient change of B samples under noise of R radii, means over directions.
+
+    Attributes:
+        converged: (B,) bool, whether the gradients are finite and every C was found to `tol`.
+        change: (B, R) float64, ‖∇f(x+ε) − ∇f(x)‖₂ / ‖∇f(x)‖₂; nan where ∇f(x) is exactly zero.
+        estimated_bound: (B, R) float64, e^a − 1 with a = ‖ε‖·(largest C found on the segment).
+            **An estimate, not a certificate**: C is known at some points of the segment only, and
+            from below. inf where the gradient vanishes at one of them; nan without points, and
+            where `change` is.
+        violations: (B, R) float64, share of directions in which the change exceeds that by more
+            than `tol` and rounding; nan where there is none.
+        normalized: (B,) C at x itself, of which ‖ε‖·C is the paper's quadratic approximation of
+            the bound; nan without points.
+        zero_gradient: (B,) bool, whether ∇f(x) is exactly zero.
+        radii: ‖ε‖₂ of the columns, in units of the input.
+        directions: over which a sample's values are means.
+        points: see `gradient_change`.
+        tol: of C.
+    """
+
+    change: Tensor
+    estimated_bound: Tensor
+    violations: Tensor
+    normalized: Tensor
+    zero_gradient: Tensor
+    radii: tuple[float, ...]
+    directions: int
+    points: int
+    tol: float
+
+
+def gradient_change(
+    model: nn.Module | Callable[..., Any],
+    x: Any,
+    y: Tensor | None = None,
+    *,
+    field: Callable[[Tensor], Tensor] | None = None,
+    radii: Sequence[float] = RADII,
+    directions: int = 2,
+    points: int = 2,
+    tol: float = 1e-2,
+    max_products: int = 20,
+    chunk: int | None = None,
+    generator: Generator | None = None,
+    check: bool = True,
+) -> GradientChange:
+    """Relative gradient change under random noise of given l2 norms, with a bound beside it.
+
+    Noise is r·u with u uniform on the unit sphere; a direction u serves all radii. Of a classifier
+    f is the cross-entropy softplus(−m), m the margin of `fields.py`, whose gradient is −σ(−m)·∇m:
+
+        change = ‖ρ·∇m(x+ε) − ∇m(x)‖ / ‖∇m(x)‖,   ρ = σ(−m(x+ε)) / σ(−m(x)),
+
+    ρ from the difference of logarithms in float64, so that nothing underflows where the classifier
+    is sure. The label is the same at x and x + ε.
+
+    Proposition 1 of [LCNN] (tightened) bounds the change by e^a − 1 with a = ‖ε‖·max C over the
+    segment. C is measured at x and at `points` points spread evenly from there to the largest
+    radius; for a radius the largest C up to the first point that is not below it counts. A maximum
+    over points can miss a peak between them, and a change can then exceed the estimate: see
+    `violations`. A bound for all ε would need the largest C of a ball.
+
+    **ReLU networks**: the bound holds between kinks only. C does not see the jumps of the gradient
+    across them, so that changes may exceed e^a − 1 by any amount, with any number of points.
+
+    Args:
+        model: as for `flexure.curvature`; used in eval mode, and not changed.
+        x: an `Example` with one floating-point tensor (B, *shape).
+        y: (B,) labels; without, the predicted class at x. Floats: targets of a squared error.
+        field: another f, (B, *shape) -> (B,).
+        radii: increasing.
+        directions: for each sample.
+        points: see above; 0 leaves out the bound, and the time that it takes:
+            1 + directions · points measurements of C.
+        tol: of C, see `flexure.curvature`.
+        max_products: of each C.
+        chunk: samples at once, for memory.
+        generator: of the CPU; None: always the same noise.
+        check: whether to check derivatives at x first, see `flexure.curvature`; not done without
+            points.
+
+    Raises:
+        FlexureError: radii that do not increase from above 0 or are lost in the rounding of x + ε;
+            numbers of directions or points out of range; what `flexure.curvature` refuses.
+    """
+    radii = _checked(radii, directions, points)
+    drawn_by = torch.Generator().manual_seed(0) if generator is None else generator
+    with measuring(model):
+        point = point_of(x)
+        target = scalar_field(model, x, y, field=field).target
+        bench = _Bench(model, x, y if target is None else target, field, chunk)
+        noise = _directions(point, directions, drawn_by)
+        values, start = bench.gradient(point)
+        changes = torch.stack([bench.changes(u, radii, values, start) for u in noise])
+
+    def measured(at: Tensor) -> Curvature:
+        settings = {"tol": tol, "max_products": max_products, "generator": drawn_by}
+        return bench.curvature(at, check=check and at is point, **settings)
+
+    bounds, normalized, converged = _bounds(measured, point, noise, radii, points)
+    zero = norms(start) == 0
+    changes[:, zero] = torch.nan
+    bounds[:, zero] = torch.nan
+    slack = tol * bounds + _ROUNDING * torch.finfo(point.dtype).eps
+    exceeded = torch.where(bounds.isnan(), torch.nan, (changes > bounds + slack).double())
+    return GradientChange(
+        converged=converged & (changes.isfinite().all(2).all(0) | zero),
+        change=changes.mean(0),
+        estimated_bound=bounds.mean(0),
+        violations=exceeded.mean(0),
+        normalized=normalized,
+        zero_gradient=zero,
+        radii=radii,
+        directions=directions,
+        points=points,
+        tol=tol,
+    )
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """A field with its labels held, to be measured at other points than its own.
+
+    Attributes:
+        model: as given.
+        x: the `Example` as given.
+        y: labels, or targets.
+        field: as given.
+        chunk: samples at once.
+    """
+
+    model: nn.Module | Callable[..., Any]
+    x: Any
+    y: Tensor | None
+    field: Callable[[Tensor], Tensor] | None
+    chunk: int | None
+
+    def curvature(self, at: Tensor, **settings: Any) -> Curvature:
+        """C at other inputs (B, *shape)."""
+        point = point_of(self.x)
+        x = map_tensors(self.x, lambda leaf: at if leaf is point else leaf)
+        return curvature(self.model, x, self.y, field=self.field, chunk=self.chunk, **settings)
+
+    def gradient(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) values of the margin, or of another field, and (B, *shape) gradients."""
+        whole = scalar_field(self.model, self.x, self.y, field=self.field)
+        size = self.chunk or len(at)
+        rows = [slice(first, first + size) for first in range(0, len(at), size)]
+        parts = [_value_and_gradient(whole.taken(each), at[each]) for each in rows]
+        values, gradients = zip(*parts, strict=True)
+        return torch.cat(values), torch.cat(gradients)
+
+    def changes(self, u: Tensor, radii: Sequence[float], values: Tensor, start: Tensor) -> Tensor:
+        """(B, R) relative changes of the loss's gradient along the unit vectors u.
+
+        Args:
+            u: (B, *shape).
+            radii: of the columns.
+            values: (B,) of the field at x.
+            start: (B, *shape), its gradient there.
+        """
+        field = scalar_field(self.model, self.x, self.y, field=self.field)
+        columns = []
+        for radius in radii:
+            there, moved = self.gradient(_moved(field.x, u, radius))
+            if field.is_margin:
+                growth = F.logsigmoid(-there.double()) - F.logsigmoid(-values.double())
+                moved = scaled(growth.exp(), moved.double())
+            columns.append(norms(moved.double() - start.double()) / norms(start.double()))
+        return torch.stack(columns, 1)
+
+
+def _bounds(
+    measured: Callable[[Tensor], Curvature],
+    point: Tensor,
+    noise: Tensor,
+    radii: Sequence[float],
+    points: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(D, B, R) estimated bounds, (B,) C at x, and (B,) whether all C have converged."""
+    bounds = torch.full(
+        (*noise.shape[:2], len(radii)), torch.nan, dtype=torch.float64, device=point.device
+    )
+    if not points:
+        known = torch.ones(len(point), dtype=torch.bool, device=point.device)
+        return bounds, torch.full_like(bounds[0, :, 0], torch.nan), known
+    first = measured(point)
+    converged = first.converged.clone()
+    steps = [radii[-1] * step / points for step in range(1, points)] + [radii[-1]]
+    for u, bound in zip(noise, bounds, strict=True):
+        largest = [first.normalized.double()]
+        for step in steps:
+            at = measured(_moved(point, u, step))
+            # Where the gradient vanishes C is not bounded nearby.
+            here = at.normalized.double().nan_to_num(nan=torch.inf, posinf=torch.inf)
+            largest.append(torch.maximum(largest[-1], here))
+            converged &= at.converged
+        for column, radius in enumerate(radii):
+            bound[:, column] = relative_gradient_bound(
+                radius, largest[1 + bisect_left(steps, radius)]
+            )
+    return bounds, first.normalized.double(), converged
+
+
+def _directions(point: Tensor, count: int, generator: Generator) -> Tensor:
+    """(D, B, *shape) unit vectors, drawn on the CPU."""
+    drawn = torch.randn((count, *point.shape), generator=generator, dtype=torch.float32).to(point)
+    flat = drawn.flatten(0, 1)
+    return scaled(1 / norms(flat), flat).view_as(drawn)
+
+
+def _moved(point: Tensor, u: Tensor, radius: float) -> Tensor:
+    """x + r·u.
+
+    Raises:
+        FlexureError: rounding has changed the length of the step.
+    """
+    point = point.detach()
+    moved = point + radius * u
+    length = norms(moved.double() - point.double()) / radius
+    if bool(((length - 1).abs() > _LOST).any()):
+        raise FlexureError(
+            f"expected radii that {point.dtype} inputs can be moved by, got {radius:.3g}, which is "
+            f"lost in their rounding; use float64 or larger radii"
+        )
+    return moved
+
+
+def _value_and_gradient(field: Field, at: Tensor) -> tuple[Tensor, Tensor]:
+    at = at.detach().requires_grad_()
+    values = field(at)
+    if not values.requires_grad:
+        return values, torch.zeros_like(at)
+    (gradient,) = torch.autograd.grad(values.sum(), at, materialize_grads=True)
+    return values.detach(), gradient
+
+
+def _checked(radii: Sequence[float], directions: int, points: int) -> tuple[float, ...]:
+    given = tuple(float(radius) for radius in radii)
+    increasing = all(inner < outer < torch.inf for inner, outer in pairwise((0.0, *given)))
+    if not given or not increasing:
+        raise FlexureError(
+            f"expected radii that increase from above 0, got {given}; give for example {RADII}"
+        )
+    if directions < 1 or points < 0:
+        raise FlexureError(
+            f"expected at least one direction and no fewer than 0 points, got {directions} and "
+            f"{points}; 2 and 2 are the defaults"
+        )
+    return given
