@@ -323,7 +323,7 @@ UNIT_BOUNDS: Mapping[str, Callable[..., UnitBounds]] = {
     "erf": lambda: _ERF,
     "laplace": lambda: _LAPLACE,
     "clipped_gelu": lambda: replace(_GELU_ERF, curvature=math.inf),
-    "sqrt_softplus": lambda: UnitBounds(0.0, 0.3190863431694358, 0.0745204886612201, 0.5),
+    "sqrt_softplus": lambda: UnitBounds(0.0, 0.31908634316947577, 0.0745204886612201, 0.5),
 }
 """Catalogue name -> the bounds, given the parameters."""
 

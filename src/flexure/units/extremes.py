@@ -64,13 +64,12 @@ def capped_extremes(beta: float, c: float, cap: float) -> tuple[float, float, fl
 
     The slope is even about cap/2 and constant away from 0 and cap, so that the search covers
     `v = x/(1-beta)` from the middle to where both units have settled. `_largest` says why the
-    results are bounds. They are within 1e-12 of the truth where the extreme is a peak, and within
-    1e-7 where it is a plateau (times 1/(1-beta) for the curvature); the tests measure it.
+    results are bounds; they are within 1e-12 of the truth (times 1/(1-beta) for the curvature).
     """
     width = 1.0 - beta
     far = cap / width
     reach = SETTLED / beta if beta > 0 and c > 0 else SETTLED
-    start, end = max(0.5 * far, far - reach), far + reach
+    ends = (max(0.5 * far, far - reach), far + reach)
 
     def slope(v: Tensor) -> Tensor:
         x = v * width
@@ -80,34 +79,62 @@ def capped_extremes(beta: float, c: float, cap: float) -> tuple[float, float, fl
         x = v * width
         return width * (plain.ctu_curvature(x, beta, c) - plain.ctu_curvature(x - cap, beta, c))
 
-    third = 2.0 * (c * beta**2 * SILU_THIRD + (1.0 - c) * SIGMOID_SECOND)
-    fourth = 2.0 * (c * beta**3 * SILU_FOURTH + (1.0 - c) * SIGMOID_THIRD)
-    highest = _largest(slope, start, end, third)
-    lowest = -_largest(lambda v: -slope(v), start, end, third)
-    steepest = _largest(lambda v: bend(v).abs(), start, end, fourth)
+    def third(away: Tensor) -> Tensor:
+        gated = beta**2 * _decaying(SILU_THIRD, beta * away, 3.0)
+        return 2.0 * (c * gated + (1.0 - c) * _decaying(SIGMOID_SECOND, away))
+
+    def fourth(away: Tensor) -> Tensor:
+        gated = beta**3 * _decaying(SILU_FOURTH, beta * away, 4.0)
+        return 2.0 * (c * gated + (1.0 - c) * _decaying(SIGMOID_THIRD, away))
+
+    highest = _largest(slope, ends, far, third)
+    lowest = -_largest(lambda v: -slope(v), ends, far, third)
+    steepest = _largest(lambda v: bend(v).abs(), ends, far, fourth)
     # The slope tends to 0 on both sides; without a gated part it is nowhere below.
     lowest = 0.0 if c == 0 or beta == 0 else min(lowest, 0.0)
     return lowest, highest, steepest / width
 
 
-def _largest(f: Callable[[Tensor], Tensor], start: float, end: float, second: float) -> float:
-    """An upper bound of f on [start, end], `second` being one of |f''| (of f or, for |f|, of f).
+def _decaying(limit: float, u: Tensor, order: float | None = None) -> Tensor:
+    """A bound, falling in u >= 0, of what is at most `limit` anywhere.
 
-    Between two points at distance d a function is at most `second·d²/8` above the larger of its
+    The second to fourth derivatives of a sigmoid are at most exp(-u) in size, and so the m-th of
+    u·sigmoid(u), `u·sigmoid^(m) + m·sigmoid^(m-1)`, is at most (u + m)·exp(-u).
+    """
+    tail = torch.exp(-u)
+    return (tail if order is None else (u + order) * tail).clamp_max(limit)
+
+
+def _largest(
+    f: Callable[[Tensor], Tensor],
+    ends: tuple[float, float],
+    centre: float,
+    second: Callable[[Tensor], Tensor],
+) -> float:
+    """An upper bound of f, or of |f|, between two ends.
+
+    Between two points at distance d a function is at most `max |f''|·d²/8` above the larger of its
     values there. Intervals whose bound does not reach the largest value seen are left out; the
     others are cut in four, until the allowance is at rounding's level.
+
+    Args:
+        f: what is searched; `|f''|` is that of the function inside an absolute value.
+        ends: of the search.
+        centre: where f changes most.
+        second: a bound of `|f''|` at a distance from the centre, and beyond it.
     """
     pieces, most = 4, 2**18
-    step = (end - start) / 1024
-    left = start + step * torch.arange(1024, dtype=torch.float64)
+    step = (ends[1] - ends[0]) / 1024
+    left = ends[0] + step * torch.arange(1024, dtype=torch.float64)
     best = -float("inf")
     while True:
         values = torch.maximum(f(left), f(left + step))
         best = max(best, float(values.max()))
-        allowance = second * step**2 / 8
-        left = left[values + allowance >= best]
-        if allowance < 1e-13 or pieces * len(left) > most:
-            return best + allowance + 1e-15
+        away = torch.maximum(left - centre, centre - left - step).clamp_min(0.0)
+        highest = values + second(away) * step**2 / 8
+        left = left[highest >= best]
+        if float(highest.max()) <= best + 1e-13 or pieces * len(left) > most:
+            return float(highest.max()) + 1e-15
         step /= pieces
         left = (left[:, None] + step * torch.arange(pieces, dtype=torch.float64)).flatten()
 
