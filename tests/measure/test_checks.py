@@ -74,6 +74,21 @@ class Insistent(nn.Module):
         return out.to(x.dtype)
 
 
+class Parametrized(nn.Module):
+    """Weights that are computed from others, in both of torch's ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.spectral_norm(nn.Linear(5, 8))
+        self.second = nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))
+        self.second_again = self.second
+        self.tied = nn.Linear(5, 8)
+        self.tied.bias = self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second_again(torch.tanh(self.first(x))) + self.second(self.tied(x).sin())
+
+
 def mlp(act: Callable[[], nn.Module] = nn.Softplus) -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8), act(), nn.Linear(8, 8), act(), nn.Linear(8, 4))
 
@@ -92,6 +107,8 @@ SOUND: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "transformer": (Encoder, (6, 8)),
     "LSTM": (Recurrent, (6, 8)),
     "Swin": (Swin, (3, 16, 16)),
+    "parametrized": (Parametrized, VECTOR),
+    "scripted": (lambda: torch.jit.script(mlp()), VECTOR),
     "float32 inside": (Insistent, VECTOR),
 }
 
@@ -122,9 +139,24 @@ def test_sound_networks_pass(name: str, dtype: torch.dtype, batch: int) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 255.0])
-def test_inputs_of_any_scale_pass(scale: float) -> None:
-    checked(mlp(nn.ReLU), scale * torch.randn(9, 5))
-    checked(mlp(), scale * torch.randn(9, 5))
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_inputs_of_any_scale_pass(scale: float, offset: float) -> None:
+    x = scale * torch.randn(9, 5) + offset
+    checked(mlp(nn.ReLU), x)
+    checked(mlp(), x)
+    # Every unit of the first layer is on its kink.
+    checked(nn.Sequential(nn.Linear(5, 8, bias=False), nn.ReLU(), nn.Linear(8, 4)), 0 * x)
+
+
+def test_a_few_samples_without_finite_values_are_left_to_the_measure() -> None:
+    x = torch.randn(9, 5)
+    x[0] = 1e30
+    inner = mlp()
+    checked(Calls(lambda z: inner(z) + torch.exp(z.sum(1, keepdim=True))), x)
+    with pytest.raises(
+        FlexureError, match=r"finite inputs, got nan or infinity in the samples .3."
+    ):
+        checked(inner, x.index_fill(0, torch.tensor(3), torch.nan))
 
 
 class Once(torch.autograd.Function):

@@ -37,10 +37,13 @@ The second is that of SPEC.md, section 2.
 """
 
 STEP = 1e-6
-"""Length of the step, relative to the root mean square of a sample's input.
+"""Length of the step, relative to the standard deviation within a sample's input.
 
 Larger ones cross ReLU kinks (SPEC.md, section 2).
 """
+
+FLATTEST = 1e-3
+"""The least standard deviation, relative to the root mean square: rounding needs some room."""
 
 SHORTER = 4.0
 """By how much the second step is shorter. Noise and kinks change a difference by this factor."""
@@ -55,7 +58,7 @@ ROUNDING = 100 * torch.finfo(torch.float64).eps
 """Relative rounding error of a gradient that is never held against a product."""
 
 UNSTABLE = 1e-9, 1e-5
-"""A value's change with its batch that counts, relative to the values, and to |x|·‖gradient‖."""
+"""A value's change with its batch that counts, relative to the values, and to spread·‖gradient‖."""
 
 
 def check_field(
@@ -92,8 +95,15 @@ def check_field(
     Raises:
         FlexureError: second derivatives are missing or wrong; gradients are not those of the
             field; the field is random; a sample's value depends on the other samples; the field
-            is not finite, or not one value a sample; it cannot be computed in float64.
+            is not one value a sample, or nowhere finite; it cannot be computed in float64; an
+            input is not finite. Samples with other values or gradients than finite ones are left
+            to the measure.
     """
+    if not x.isfinite().all():
+        bad = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        raise FlexureError(
+            f"expected finite inputs, got nan or infinity in the samples {bad}; leave them out"
+        )
     drawn_by = torch.Generator().manual_seed(0) if generator is None else generator
     with unchanged_randomness(x.device):
         check = _Checks(bind, x.detach(), drawn_by, products)
@@ -107,12 +117,14 @@ class _Quotients:
     Attributes:
         along: (n, *shape) the directions as rounding left them.
         middle: (n,) means of the values on both sides.
+        level: (n, d) means of the gradients on both sides.
         slope: (n, 1) of the values.
         change: (n, d) of the gradients.
     """
 
     along: Tensor
     middle: Tensor
+    level: Tensor
     slope: Tensor
     change: Tensor
 
@@ -145,10 +157,16 @@ class _Checks:
             if (drift > _allowed(values) + UNSTABLE[1] / STEP * (step * steepness)[:, 0]).any():
                 self._refuse_unstable(rows, x)
             slope = (gradient * first.along.flatten(1)).sum(1, keepdim=True)
-            gradients = _Pair(first.slope, slope, 0 * step)
-            products = _Pair(first.change, product, ROUNDING * steepness / step)
+            bend = (values - first.middle)[:, None] / step, (gradient - first.level) / step
+            gradients = _Pair(first.slope, slope, 0 * step, bend[0])
+            products = _Pair(first.change, product, ROUNDING * steepness / step, bend[1])
             if products.agree.all() and not gradients.wrong.any():
                 return
+        if not values.isfinite().any():
+            raise FlexureError(
+                f"expected finite values of the field, got none for the samples {rows.tolist()}; "
+                f"mend the model, or leave such samples out"
+            )
         if gradients.wrong.any() or products.wrong.any():
             shorter = self._quotients(rows, x, v, step / SHORTER)
             gradients.refuse_most(shorter.slope, _NOT_ITS_GRADIENT)
@@ -159,7 +177,10 @@ class _Checks:
         x = self.x[rows.to(self.x.device)].double()
         v = torch.randn(x.flatten(1).shape, generator=self.generator, dtype=torch.float64)
         v = (v / v.norm(dim=1, keepdim=True)).view_as(x).to(x.device)
-        size = x.flatten(1).square().mean(1, keepdim=True).sqrt()
+        flat = x.flatten(1)
+        size = flat.square().mean(1, keepdim=True).sqrt()
+        spread = (flat - flat.mean(1, keepdim=True)).square().mean(1, keepdim=True).sqrt()
+        size = torch.maximum(spread, FLATTEST * size)
         return x, v, STEP * torch.where(size > 0, size, 1.0)
 
     def _quotients(self, rows: Tensor, x: Tensor, v: Tensor, step: Tensor) -> _Quotients:
@@ -178,6 +199,7 @@ class _Checks:
         return _Quotients(
             along=(up - down) / (2 * step.view(each)),
             middle=(high + low) / 2,
+            level=(high_gradient + low_gradient) / 2,
             slope=(high - low)[:, None] / (2 * step),
             change=(high_gradient - low_gradient) / (2 * step),
         )
@@ -229,13 +251,6 @@ class _Checks:
                 f"expected a field that gives one value for each of {len(x)} samples, "
                 f"({len(x)},), got {got}; reduce over everything but the samples"
             )
-        finite = values.detach().isfinite()
-        if not finite.all():
-            bad = sorted(set(rows[~finite.cpu()].tolist()))
-            raise FlexureError(
-                f"expected finite values of the field, got others for the samples {bad}; mend the "
-                f"model, or leave them out"
-            )
         return values
 
     def _refuse_unstable(self, rows: Tensor, x: Tensor) -> None:
@@ -285,11 +300,14 @@ class _Pair:
         quotient: (n, d).
         derivative: (n, d).
         noise: (n, 1) how far rounding alone may move the quotient.
+        bend: (n, d) half the difference of the two one-sided quotients, zero unless the point is
+            on a kink.
     """
 
     quotient: Tensor
     derivative: Tensor
     noise: Tensor
+    bend: Tensor
 
     @property
     def larger(self) -> Tensor:
@@ -313,14 +331,15 @@ class _Pair:
         return ~self.wrong & (self.larger > self.noise[:, 0])
 
     def refuse_most(self, shorter: Tensor, message: str) -> None:
-        """Raises if most of the samples that can tell are wrong.
+        """Raises if most of the samples where not both sides are zero are surely wrong.
 
-        Samples cannot tell where both sides are zero, and where the quotient of a shorter step
-        (n, d) is too different to be sure of it.
+        A sample is not sure where one-sided quotients differ, or those of a shorter step (n, d).
         """
-        sure = (self.quotient - shorter).norm(dim=1) <= CONSISTENT * self.apart
+        doubt = torch.maximum((self.quotient - shorter).norm(dim=1), self.bend.norm(dim=1))
+        sure = doubt <= CONSISTENT * self.apart
         accused = self.wrong & sure
-        if accused.sum() > self.agree.sum():
+        others = ~accused & (self.larger > self.noise[:, 0])
+        if accused.sum() > others.sum():
             worst = (self.apart / self.larger)[accused].max()
             raise FlexureError(
                 message.format(worst=worst, count=int(accused.sum()), total=len(accused))
@@ -329,7 +348,7 @@ class _Pair:
 
 def _allowed(values: Tensor) -> Tensor:
     """How much a value may change by rounding alone."""
-    allowed: Tensor = values.abs().max() * UNSTABLE[0]
+    allowed: Tensor = values.nan_to_num(0, 0, 0).abs().max() * UNSTABLE[0]
     return allowed
 
 

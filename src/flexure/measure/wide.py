@@ -36,13 +36,27 @@ def in_float64(model: nn.Module | None, run: Callable[[], None]) -> None:
             untouched, whatever `run` does to the copies.
         run: computes; its inputs are its own business.
     """
-    copies: dict[str, Tensor] = {}
-    if model is not None:
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            # Integers are copied too: the computation may count in them.
-            copies[f"model.{name}"] = _widened(tensor.detach().clone())
     with _Wide():
-        functional_call(_Holder(model), copies, (run,))
+        # Ties are our own business: functional_call restores a module with two names wrongly.
+        functional_call(_Holder(model), _copies(model), (run,), tie_weights=False)
+
+
+def _copies(model: nn.Module | None) -> dict[str, Tensor]:
+    """Float64 copies of all that `model` holds, by the names of a `_Holder`'s tensors.
+
+    A tensor that several modules share has one copy under several names, a module with several
+    names is listed once.
+    """
+    copies: dict[int, Tensor] = {}
+    named = {}
+    for path, module in model.named_modules(prefix="model") if model is not None else ():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
+            # Integers are copied too: the computation may count in them.
+            if id(tensor) not in copies:
+                copies[id(tensor)] = _widened(tensor.detach().clone())
+            named[f"{path}.{name}"] = copies[id(tensor)]
+    return named
 
 
 class _Holder(nn.Module):
