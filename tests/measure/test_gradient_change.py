@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+import flexure
 from flexure.contracts import FlexureError
 from flexure.measure.over import over
 from flexure.measure.robustness_of_gradients import RADII, gradient_change
@@ -223,6 +226,27 @@ def test_a_gradient_that_vanishes_on_the_way_has_no_bound():
     assert towards.all()  # on both sides the gradient changes by its own length
     assert (found.estimated_bound > found.change).all()
     assert (found.violations == 0).all()
+
+
+def test_a_pretrained_network(real_data: Path):
+    """Steering smooths the kinks away, with which changes shrink and no longer pass the bound."""
+    stored = np.load(real_data / "cifar10-lossless/test846.npz")
+    (weights,) = (real_data / "resnet-cifar10").glob("*resnet20*.safetensors")
+    loaded = flexure.load_model(f"flexure:resnet20?weights={weights}")
+    x = torch.stack(
+        [loaded.preprocess(torch.tensor(i).movedim(-1, 0)) for i in stored["images"][:4]]
+    )
+    y = torch.tensor(stored["labels"][:4])
+    plain = gradient_change(loaded.model, x, y, radii=(1e-3, 1e-2))
+    with flexure.steer(loaded.model, beta=0.9, example=x[:1]):
+        smooth = gradient_change(loaded.model, x, y, radii=(1e-3, 1e-2))
+        wide = gradient_change(loaded.model.double(), x.double(), y, radii=(1e-3, 1e-2), points=0)
+    assert plain.converged.all()
+    assert smooth.converged.all()
+    torch.testing.assert_close(smooth.change, wide.change, rtol=0.02, atol=0)
+    assert (smooth.change < plain.change / 2).all()
+    assert (smooth.violations == 0).all()
+    assert plain.violations[:, 0].any()
 
 
 # Settings

@@ -92,7 +92,8 @@ def gradient_change(
         change = ‖ρ·∇m(x+ε) − ∇m(x)‖ / ‖∇m(x)‖,   ρ = σ(−m(x+ε)) / σ(−m(x)),
 
     ρ from the difference of logarithms in float64, so that nothing underflows where the classifier
-    is sure. The label is the same at x and x + ε.
+    is sure. The label is the same at x and x + ε. In float32 a small change carries the rounding of
+    two gradients.
 
     Proposition 1 of [LCNN] (tightened) bounds the change by e^a − 1 with a = ‖ε‖·max C over the
     segment. C is measured at x and at `points` points spread evenly from there to the largest
@@ -139,15 +140,17 @@ def gradient_change(
 
     bounds, normalized, converged = _bounds(measured, point, noise, radii, points)
     zero = norms(start) == 0
-    changes[:, zero] = torch.nan
-    bounds[:, zero] = torch.nan
     slack = tol * bounds + _ROUNDING * torch.finfo(point.dtype).eps
-    exceeded = torch.where(bounds.isnan(), torch.nan, (changes > bounds + slack).double())
+    exceeded = (changes > bounds + slack).double().where(~bounds.isnan(), torch.nan)
+    change, bound, violations = (
+        values.mean(0).masked_fill(zero[:, None], torch.nan)
+        for values in (changes, bounds, exceeded)
+    )
     return GradientChange(
-        converged=converged & (changes.isfinite().all(2).all(0) | zero),
-        change=changes.mean(0),
-        estimated_bound=bounds.mean(0),
-        violations=exceeded.mean(0),
+        converged=converged & (change.isfinite().all(1) | zero),
+        change=change,
+        estimated_bound=bound,
+        violations=violations,
         normalized=normalized,
         zero_gradient=zero,
         radii=radii,
