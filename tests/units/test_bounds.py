@@ -230,7 +230,7 @@ def test_ctu_is_never_outside_and_attains_its_range(beta: float, c: float) -> No
         slope = plain.ctu_slope(x, beta, c)
         assert bounds.slope_min - 1e-15 <= slope.min()
         assert slope.max() <= bounds.slope_max + 1e-15
-        if unit == beta and beta < 1:
+        if unit == beta and 1e-250 < beta < 1:  # else the extreme is beyond float64
             assert slope.max() >= bounds.slope_max - 1e-5
     if beta < 1:
         bend = plain.ctu_curvature(torch.zeros(1, dtype=DOUBLE), beta, c).abs().item()
@@ -283,6 +283,21 @@ def test_a_capped_ctu_is_bounded_and_attains_it(beta: float, c: float, cap: floa
     assert slope.min() <= bounds.slope_min + 1e-7
     assert slope.max() >= bounds.slope_max - 1e-7
     assert bend.abs().max() >= bounds.curvature * (1 - 1e-5) - 1e-7
+
+
+@pytest.mark.parametrize("beta", [1e-12, 1e-8, 1 - 1e-12, 1 - 1e-15])
+@pytest.mark.parametrize("c", [0.001, 1.0])
+def test_a_capped_ctu_at_the_far_ends_of_its_dial(beta: float, c: float) -> None:
+    bounds = ctu_bounds(beta, c, activation="clamp", params={"cap": 6.0})
+    one = ctu_bounds(beta, c)
+    if beta > 0.5:  # two kinks that do not see each other
+        assert bounds.slope_max == pytest.approx(one.slope_max, abs=1e-12)
+        assert bounds.slope_min == pytest.approx(one.slope_min, abs=1e-12)
+        assert bounds.curvature == pytest.approx(one.curvature, rel=1e-11)
+        assert bounds.curvature >= one.curvature * (1 - 1e-15)
+    else:
+        assert -3.1 * beta <= bounds.slope_min <= 0
+        assert bounds.slope_max == pytest.approx((1 - c) * math.tanh(1.5), abs=1e-7)
 
 
 @pytest.mark.parametrize("slope", [-0.5, 0.0, 0.01, 1.0, 1.75])

@@ -122,7 +122,7 @@ def conv_norm_bounds(
 
 def scale_norm_bounds(scale: Tensor) -> NormBounds:
     """All norms of a diagonal matrix: the largest absolute entry of `scale`, any shape."""
-    largest = rounded_up(float(scale.detach().double().abs().max()), 0)
+    largest = rounded_up(float(scale.detach().cpu().double().abs().max()), 0)
     return NormBounds(*(largest,) * len(_FIELDS))
 
 
@@ -145,9 +145,9 @@ def batch_norm_norm_bounds(
             "expected batch normalisation with running statistics, got none; a layer that "
             "normalises by its batch has no operator norm"
         )
-    scale = (running_var.detach().double() + eps).rsqrt()
+    scale = (running_var.detach().cpu().double() + eps).rsqrt()
     if weight is not None:
-        scale = scale * weight.detach().double()
+        scale = scale * weight.detach().cpu().double()
     return scale_norm_bounds(scale)
 
 

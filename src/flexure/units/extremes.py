@@ -6,6 +6,7 @@ next derivative on every interval that is left out. `bounds.py` asks for them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -63,21 +64,22 @@ def capped_extremes(beta: float, c: float, cap: float) -> tuple[float, float, fl
     """Smallest slope, largest slope and largest curvature of `CTU(x) - CTU(x - cap)`, beta < 1.
 
     The slope is even about cap/2 and constant away from 0 and cap, so that the search covers
-    `v = x/(1-beta)` from the middle to where both units have settled. `_largest` says why the
-    results are bounds; they are within 1e-12 of the truth (times 1/(1-beta) for the curvature).
+    `v = (x - cap)/(1-beta)` from the middle to where both units have settled. `_largest` says why
+    the results are bounds; they are within 1e-12 of the truth (times 1/(1-beta) for the curvature)
+    for beta >= 1e-6. Below, what one unit's slope changes over the cap is a bound as well.
     """
     width = 1.0 - beta
     far = cap / width
     reach = SETTLED / beta if beta > 0 and c > 0 else SETTLED
-    ends = (max(0.5 * far, far - reach), far + reach)
+    ends = (-min(0.5 * far, reach), reach)
 
     def slope(v: Tensor) -> Tensor:
-        x = v * width
-        return plain.ctu_slope(x, beta, c) - plain.ctu_slope(x - cap, beta, c)
+        # Written so that nothing cancels at the second kink, however narrow it is.
+        return plain.ctu_slope(v * width + cap, beta, c) - plain.ctu_slope(v * width, beta, c)
 
     def bend(v: Tensor) -> Tensor:
-        x = v * width
-        return width * (plain.ctu_curvature(x, beta, c) - plain.ctu_curvature(x - cap, beta, c))
+        near, other = (plain.ctu_curvature(x, beta, c) for x in (v * width, v * width + cap))
+        return width * (other - near)
 
     def third(away: Tensor) -> Tensor:
         gated = beta**2 * _decaying(SILU_THIRD, beta * away, 3.0)
@@ -87,12 +89,13 @@ def capped_extremes(beta: float, c: float, cap: float) -> tuple[float, float, fl
         gated = beta**3 * _decaying(SILU_FOURTH, beta * away, 4.0)
         return 2.0 * (c * gated + (1.0 - c) * _decaying(SIGMOID_THIRD, away))
 
-    highest = _largest(slope, ends, far, third)
-    lowest = -_largest(lambda v: -slope(v), ends, far, third)
-    steepest = _largest(lambda v: bend(v).abs(), ends, far, fourth)
-    # The slope tends to 0 on both sides; without a gated part it is nowhere below.
-    lowest = 0.0 if c == 0 or beta == 0 else min(lowest, 0.0)
-    return lowest, highest, steepest / width
+    # |S'| <= 1/2 bounds what the gated part changes; the other part rises by a tanh at most.
+    gated = 0.5 * c * beta * far
+    highest = min(_largest(slope, ends, third), gated + (1.0 - c) * math.tanh(far / 4) + 1e-15)
+    lowest = max(-_largest(lambda v: -slope(v), ends, third), -gated)
+    steepest = _largest(lambda v: bend(v).abs(), ends, fourth)
+    # The slope tends to 0 on both sides.
+    return min(lowest, 0.0), highest, steepest / width
 
 
 def _decaying(limit: float, u: Tensor, order: float | None = None) -> Tensor:
@@ -108,7 +111,6 @@ def _decaying(limit: float, u: Tensor, order: float | None = None) -> Tensor:
 def _largest(
     f: Callable[[Tensor], Tensor],
     ends: tuple[float, float],
-    centre: float,
     second: Callable[[Tensor], Tensor],
 ) -> float:
     """An upper bound of f, or of |f|, between two ends.
@@ -120,8 +122,7 @@ def _largest(
     Args:
         f: what is searched; `|f''|` is that of the function inside an absolute value.
         ends: of the search.
-        centre: where f changes most.
-        second: a bound of `|f''|` at a distance from the centre, and beyond it.
+        second: a bound of `|f''|` at a distance from 0, and beyond it.
     """
     pieces, most = 4, 2**18
     step = (ends[1] - ends[0]) / 1024
@@ -130,7 +131,7 @@ def _largest(
     while True:
         values = torch.maximum(f(left), f(left + step))
         best = max(best, float(values.max()))
-        away = torch.maximum(left - centre, centre - left - step).clamp_min(0.0)
+        away = torch.maximum(left, -left - step).clamp_min(0.0)
         highest = values + second(away) * step**2 / 8
         left = left[highest >= best]
         if float(highest.max()) <= best + 1e-13 or pieces * len(left) > most:
