@@ -121,7 +121,7 @@ def log_curves(lines: Sequence[Curve], *, title: str, x_label: str, y_label: str
         x_label: what x is, with its unit.
         y_label: what y is, with its unit.
     """
-    figure, axes = canvas(PANEL)
+    figure, axes = canvas(WIDE)
     for k, line in enumerate(lines):
         colour, dashes = SERIES[k // 2], DASHES[k % 2]
         axes.plot(line.x, line.y, linestyle=dashes, color=colour, label=line.label,
@@ -138,7 +138,7 @@ def log_curves(lines: Sequence[Curve], *, title: str, x_label: str, y_label: str
 
 def fits(networks: Sequence[Fit], *, title: str, x_label: str, y_label: str) -> Picture:
     """Points and the line through them, whose slope is what is reported."""
-    figure, axes = canvas(PANEL)
+    figure, axes = canvas(WIDE)
     for k, fit in enumerate(networks):
         colour = SERIES[k]
         axes.plot(fit.x, fit.y, MARKERS[k], color=colour, markersize=6)
