@@ -4,8 +4,10 @@
     FLEXURE_DATA=FOLDER python docs/experiments/curvature.py --depths 56
 
 Every network is measured on the same images with the same random draws. One results file a depth,
-written anew after each network, in `docs/experiments/results/curvature/`; a run that was
-interrupted goes on where it stopped. `curvature_table.py` prints the tables.
+written anew after each network, in `docs/experiments/results/curvature/`. What is finished is kept
+in `--work`: a run that was interrupted goes on where it stopped, and one with all depths, after
+those above, only adds `depths.json`, in which the depths are compared. `curvature_table.py` prints
+the tables.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ def main() -> None:
     """Measures network after network."""
     options = parsed()
     data = Path(os.environ["FLEXURE_DATA"])
+    everything: dict[int, dict[str, ModelMeasurements]] = {}
     for depth in options.depths:
         weights = data / "resnet-cifar10" / f"resnet{depth}.safetensors"
         loaded = flexure.load_model(f"flexure:resnet{depth}?weights={weights}")
@@ -45,6 +49,9 @@ def main() -> None:
             write(options.out / f"resnet{depth}.json", depth, found, options)
             told = ", ".join(f"{key} {value:.1f}" for key, value in found[name].seconds.items())
             print(f"resnet{depth} {name}: seconds: {told}", flush=True)
+        everything[depth] = found
+    if len(everything) > 1:
+        write_depths(options.out / "depths.json", everything, options)
 
 
 def drawn(loaded: flexure.LoadedModel, path: Path, options: argparse.Namespace) -> PreparedBatches:
@@ -96,15 +103,56 @@ def measured(
 def write(
     path: Path, depth: int, found: dict[str, ModelMeasurements], options: argparse.Namespace
 ) -> None:
-    """What was found so far, with paired differences against the plain network."""
-    config = {key: value for key, value in vars(options).items() if key not in ("out", "work")}
-    config |= {"depth": depth, "depths": None}
+    """What was found so far, with paired differences to the plain network.
+
+    It has no curvature rate: rates are compared with that of the network that is steered least.
+    """
+    first = next((model for model in found.values() if model.rate is not None), None)
+    numbers = []
+    for model in found.values():
+        differences = [*differences_of(model, found[PLAIN], options)]
+        if first is not None:
+            differences += differences_of(model, first, options, measure="rate")
+        numbers.append(network(model) | {"differences": differences})
+    write_json(path, recorded(options, {"depth": depth, "networks": numbers}))
+
+
+def write_depths(
+    path: Path, found: dict[int, dict[str, ModelMeasurements]], options: argparse.Namespace
+) -> None:
+    """Paired differences of deeper networks to the shallowest one at the same setting."""
+    shallow, *deeper = sorted(found)
     numbers = [
-        network(model)
-        | {"differences": compared(model, found[PLAIN], seed=options.seed) if k else ()}
-        for k, model in enumerate(found.values())
+        {"depth": depth, "name": name, **difference}
+        for depth in deeper
+        for name, model in found[depth].items()
+        for difference in differences_of(model, found[shallow][name], options)
     ]
-    write_json(path, record(config=config, seed=options.seed, numbers={"networks": numbers}))
+    for one in numbers:
+        one["against"] = f"resnet{shallow}"
+    write_json(path, recorded(options, {"differences": numbers}))
+
+
+def differences_of(
+    model: ModelMeasurements,
+    other: ModelMeasurements,
+    options: argparse.Namespace,
+    measure: str | None = None,
+) -> list[dict[str, Any]]:
+    """How a network compares with another one, not with itself."""
+    if model is other:
+        return []
+    return [
+        {"against": other.name, **asdict(one)}
+        for one in compared(model, other, seed=options.seed)
+        if measure in (None, one.measure)
+    ]
+
+
+def recorded(options: argparse.Namespace, numbers: dict[str, Any]) -> dict[str, Any]:
+    """A results file; no path of this machine is in it."""
+    config = {key: value for key, value in vars(options).items() if key not in ("out", "work")}
+    return record(config=config, seed=options.seed, numbers=numbers)
 
 
 def network(found: ModelMeasurements) -> dict[str, Any]:
@@ -118,6 +166,7 @@ def network(found: ModelMeasurements) -> dict[str, Any]:
         "converged": {name: summary.converged for name, summary in found.summaries.items()},
         "orders": None if rate is None else rate.result.orders,
         "log_norms": None if rate is None else rate.result.log_norms,
+        "effective_samples": None if rate is None else rate.result.effective_samples,
         "bound": None if found.bound is None else found.bound.cross_entropy,
         "looseness": found.looseness,
         "refusals": found.refusals,
@@ -132,8 +181,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
     parser.add_argument("--c", type=float, default=0.5)
     parser.add_argument("--measures", nargs="+", default=MEASURES)
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--rate-samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=846)
+    parser.add_argument("--rate-samples", type=int, default=256)
     parser.add_argument("--directions", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=42)

@@ -355,6 +355,24 @@ def test_a_model_that_nothing_fits_is_an_error() -> None:
         measure_model(network(nn.ReLU()), data(1), measures=["rate", BOUND], **SMALL)
 
 
+def test_a_rate_of_few_samples_is_told() -> None:
+    squares = torch.ones(40, 4, dtype=torch.float64)
+    caution = MEASURES["rate"].caution
+    settings: dict[str, Any] = {"normalization": "raw", "calibrate": True, "dimension": 3}
+    many = flexure.CurvatureRate(
+        converged=torch.ones(40, dtype=torch.bool),
+        squares=squares,
+        orders=(1, 2, 3, 4),
+        directions=2,
+        reduction="rms",
+        **settings,
+    )
+    assert caution(many) is None
+    squares[0, 3] = 1e4
+    assert "as few as 1.0 equal ones would carry an order, of 40" in caution(many)
+    assert caution(many.taken(slice(1, None))) is None
+
+
 def test_progress_tells_samples() -> None:
     told: list[tuple[str, int, int]] = []
     measure_model(

@@ -37,6 +37,7 @@ from flexure.record import check_writable, record, write_json
 __all__ = ["measure"]
 
 _STORE = ".flexure-measure"  # in the output folder, while a measurement is unfinished
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _MOST = 1_000_000_000
 _SPLITS = ("test", "validation", "train")  # the first that the data have
 
@@ -124,7 +125,7 @@ def measure(
         "directions": directions,
         "normalization": normalization,
         "radii": None if radii is None else _numbers("--radii", radii, float),
-        "memory": memory,
+        "memory": None if memory is None else _bytes(memory),
         "seed": seed,
     }
     store = check_writable(out) / _STORE
@@ -229,6 +230,22 @@ def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise FlexureError(f"expected {option} to be numbers with commas, got {text!r}") from None
+
+
+def _bytes(text: str) -> int:
+    """`2GiB`, `500MiB`, or a number of bytes."""
+    number = text.strip()
+    factor = 1
+    for unit, size in _UNITS.items():
+        if number.endswith(unit):
+            number, factor = number.removesuffix(unit), size
+    try:
+        found = float(number) * factor
+        if 1 <= found < 2**63:
+            return int(found)
+    except ValueError:
+        pass
+    raise FlexureError(f"expected --memory like 2GiB or 500MiB, got {text!r}")
 
 
 def _write_page(path: Path, found: Measurements, payload: dict[str, Any]) -> None:

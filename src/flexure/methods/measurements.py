@@ -69,7 +69,7 @@ def measure_model(
     orders: Sequence[int] = (1, 2, 3, 4),
     normalization: str = "raw",
     seed: int = 42,
-    memory: int | str | None = None,
+    memory: int | None = None,
     store: str | os.PathLike[str] | None = None,
     progress: Progress = None,
 ) -> Measurements:
@@ -100,7 +100,7 @@ def measure_model(
         orders: of the derivatives that the curvature rate is fitted to.
         normalization: of these: `"raw"` or `"factorial"`.
         seed: of everything random; both models get the same draws.
-        memory: what the Hessian norm may use at once: bytes, or text such as `"2GiB"`.
+        memory: bytes that the Hessian norm may hold at once beyond model and inputs.
         store: folder of finished batches; the same measurement continues from it, bit by bit, also
             with more measures.
         progress: True for a bar on stderr, or a callable (stage, samples done, samples in all).
@@ -339,6 +339,8 @@ def _notes(models: Sequence[ModelMeasurements]) -> Iterator[str]:
             if missed:
                 of = f"{missed} of {len(summary)} samples of {measure}"
                 yield f"{model.name}: {of} did not converge"
+            if (caution := MEASURES[measure].caution(summary.result)) is not None:
+                yield f"{model.name}: {caution}"
     for measure, summary in models[0].summaries.items():
         if len(summary) < models[0].samples:
             yield f"{measure}: the first {len(summary)} of {models[0].samples} samples"

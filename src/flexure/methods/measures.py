@@ -41,7 +41,7 @@ class Settings:
         directions: of the curvature rate, for each sample.
         orders: of the derivatives that the curvature rate is fitted to.
         normalization: of these, `"raw"` or `"factorial"`.
-        memory: bytes, or text such as `"2GiB"`, that the Hessian norm may use at once.
+        memory: bytes that the Hessian norm may hold at once; None: no limit.
         limits: measure -> how many samples it takes, the first ones; absent: all.
         seed: of everything random.
     """
@@ -51,7 +51,7 @@ class Settings:
     directions: int
     orders: tuple[int, ...]
     normalization: str
-    memory: int | str | None
+    memory: int | None
     limits: Mapping[str, int]
     seed: int
 
@@ -64,16 +64,17 @@ class MeasureRow:
         bind: the measure of a model with these settings.
         result: what it returns.
         quantities: what is told of its results, and compared between two models.
+        caution: what a reader must know of a result besides, or None.
     """
 
     bind: Callable[[nn.Module, Settings], Measure]
     result: type[PerSample]
     quantities: tuple[Quantity, ...]
+    caution: Callable[[Any], str | None] = lambda result: None
 
 
 def _curvature(model: nn.Module, settings: Settings) -> Measure:
-    given: dict[str, Any] = {} if settings.memory is None else {"memory": settings.memory}
-    return partial(curvature, model, tol=settings.tol, **given)
+    return partial(curvature, model, tol=settings.tol, memory=settings.memory)
 
 
 def _rate(model: nn.Module, settings: Settings) -> Any:
@@ -95,6 +96,19 @@ def _calibration(model: nn.Module, settings: Settings) -> Measure:
     return partial(calibration, model)
 
 
+def _carried_by_few(found: CurvatureRate) -> str | None:
+    """Squares of derivatives span decades, so that a few samples may decide the rate."""
+    effective = float(found.effective_samples.min())
+    if effective >= _FEW:
+        return None
+    return (
+        f"few samples decide the curvature rate: as few as {effective:.1f} equal ones would carry "
+        f"an order, of {len(found)}; its interval is too narrow, more samples help"
+    )
+
+
+_FEW = 10  # equal samples; with fewer, a bootstrap over samples is no guide
+
 _OF_NORMS = (MEDIAN, MEAN)  # norms span decades: a mean of them is that of few samples
 
 MEASURES: dict[str, MeasureRow] = {
@@ -107,7 +121,12 @@ MEASURES: dict[str, MeasureRow] = {
             Quantity("gradient_norm", "gradient norm", _OF_NORMS),
         ),
     ),
-    "rate": MeasureRow(_rate, CurvatureRate, (Quantity("rate", "curvature rate", (POOLED,)),)),
+    "rate": MeasureRow(
+        _rate,
+        CurvatureRate,
+        (Quantity("rate", "curvature rate", (POOLED,)),),
+        _carried_by_few,
+    ),
     "gradient_change": MeasureRow(
         _gradient_change,
         GradientChange,
