@@ -26,7 +26,7 @@ from tests.reference.dense_hessian import (
     norm,
 )
 
-ROUNDING = 1 + 1e-9
+ROUNDING = 1 + 1e-12
 
 
 class Smooth(nn.Module):
@@ -260,6 +260,7 @@ def test_attained_by_one_unit(activation: nn.Module, peak: float, at: float) -> 
     x = w1 * (at - 0.3) / w1.square().sum()
     attained = norm(logit_hessians(model, x)[0])
     assert attained == pytest.approx(bound.vector, rel=1e-9)
+    assert attained <= bound.vector
     (row,) = bound.contributions
     assert (row.name, row.share) == ("1", 1.0)
     assert row.curvature == pytest.approx(peak)
@@ -537,6 +538,22 @@ def test_training_mode_is_evaluated_in_eval_mode() -> None:
     model, shape = built("convnet")
     expected = hessian_bound(model, shape)
     assert torch.equal(hessian_bound(model.train(), shape).logits, expected.logits)
+
+
+def test_does_not_depend_on_what_is_global() -> None:
+    model, shape = built("convnet")
+    expected = hessian_bound(model, shape)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(hessian_bound(model, shape).logits, expected.logits)
+    with torch.device("meta"):
+        assert torch.equal(hessian_bound(model, shape).logits, expected.logits)
+
+
+def test_half_precision_weights_are_taken_as_they_are() -> None:
+    model = mlp(nn.Tanh, 3, 4, 2).bfloat16()
+    assert torch.equal(
+        hessian_bound(model, (3,)).logits, hessian_bound(model.double(), (3,)).logits
+    )
 
 
 def test_overflow_is_inf_and_said() -> None:

@@ -40,7 +40,7 @@ def cross_entropy_hessian(model: nn.Module, x: Tensor, label: int) -> Tensor:
 
 def norm(matrix: Tensor) -> float:
     """The spectral norm."""
-    return float(torch.linalg.matrix_norm(matrix, 2))
+    return torch.linalg.matrix_norm(matrix, 2).item()
 
 
 def largest_combination(hessians: Tensor) -> float:

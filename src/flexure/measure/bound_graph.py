@@ -24,7 +24,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Bend", "Input", "LinearMap", "Node", "Reach", "Sum", "Term", "backward", "reaches"]
+__all__ = [
+    "WIDE",
+    "Bend",
+    "Input",
+    "LinearMap",
+    "Node",
+    "Reach",
+    "Sum",
+    "Term",
+    "backward",
+    "reaches",
+    "rounding",
+]
+
+WIDE: Any = {"dtype": torch.float64, "device": "cpu"}
+"""Where all arithmetic happens."""
 
 
 class LinearMap:
@@ -58,7 +73,7 @@ class LinearMap:
     @cached_property
     def row_sums(self) -> Tensor:
         """Of |T|, of the output's shape."""
-        return self.magnitude(torch.ones(self.shape, dtype=torch.float64))
+        return self.magnitude(torch.ones(self.shape, **WIDE))
 
     @cached_property
     def column_sums(self) -> Tensor:
@@ -70,7 +85,7 @@ class LinearMap:
         """Bounds of the 2-norms of T's rows, of the output's shape."""
         if self.squares is None:
             return torch.minimum(self.row_sums, (self._largest * self.row_sums).sqrt())
-        return self.squares(torch.ones(self.shape, dtype=torch.float64)).sqrt()
+        return self.squares(torch.ones(self.shape, **WIDE)).sqrt()
 
     @cached_property
     def column_norms(self) -> Tensor:
@@ -175,7 +190,7 @@ def reaches(nodes: Sequence[Node], needed: Sequence[int]) -> dict[int, Reach]:
     for index in needed:
         node = nodes[index]
         if isinstance(node, Input):
-            elements, norm = torch.ones(node.shape, dtype=torch.float64), 1.0
+            elements, norm = torch.ones(node.shape, **WIDE), 1.0
         elif isinstance(node, Bend):
             before = found[node.parent]
             elements, norm = node.slope * before.elements, _largest(node.slope) * before.norm
@@ -214,10 +229,10 @@ def backward(
     Returns:
         A `Bent` for each activation, and (K,) bounds of ‖∂f/∂x‖₂.
     """
-    ones = torch.ones(len(seed), dtype=torch.float64)
+    ones = torch.ones(len(seed), **WIDE)
     pending = {needed[-1]: [(seed, ones)]}
     bent = []
-    to_input = torch.zeros(len(seed), dtype=torch.float64)
+    to_input = torch.zeros(len(seed), **WIDE)
     for index in reversed(needed):
         elements, norms = _met(pending.pop(index))
         node = nodes[index]
@@ -236,9 +251,20 @@ def backward(
     return bent[::-1], to_input
 
 
+def rounding(nodes: Sequence[Node], needed: Sequence[int]) -> float:
+    """What a product of a sensitivity and a squared reach is multiplied by to cover rounding.
+
+    All numbers are non-negative, so that errors are relative and add up along the graph: a node's
+    bounds are some sums of at most as many terms as it and its parents have elements, and some
+    more operations; a product takes each node's three times, forward (squared) and backward.
+    """
+    elements = sum(math.prod(nodes[index].shape) + 16 for index in needed)
+    return 1.0 + 16 * elements * torch.finfo(torch.float64).eps
+
+
 def _summed(node: Sum, found: dict[int, Reach]) -> tuple[Tensor, float]:
     """Bounds of the elements and of the norm of a sum of maps."""
-    elements = torch.zeros(node.shape, dtype=torch.float64)
+    elements = torch.zeros(node.shape, **WIDE)
     norms = []
     for term in node.terms:
         before = found[term.parent]
@@ -253,7 +279,7 @@ def _met(passed: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     elements = _defined(sum((e for e, _ in passed[1:]), start=passed[0][0]))
     norms = _defined(sum((n for _, n in passed[1:]), start=passed[0][1]))
     norms = torch.minimum(norms, elements.flatten(1).norm(dim=1))
-    return torch.minimum(elements, _outer(norms, torch.ones(elements.shape[1:]))), norms
+    return torch.minimum(elements, _outer(norms, torch.ones(elements.shape[1:], **WIDE))), norms
 
 
 def _contribution(index: int, node: Bend, before: Reach, sensitivity: Tensor) -> Bent:
@@ -267,7 +293,7 @@ def _contribution(index: int, node: Bend, before: Reach, sensitivity: Tensor) ->
 
 def _transposed(apply: Callable[[Tensor], Tensor], shape: Sequence[int], given: Tensor) -> Tensor:
     """The transpose of a linear function of a tensor of `shape`, of each of K tensors."""
-    zeros = torch.zeros(tuple(shape), dtype=torch.float64)
+    zeros = torch.zeros(tuple(shape), **WIDE)
     pull: Any = torch.func.vjp(apply, zeros)[1]
     result: Tensor = torch.func.vmap(lambda row: pull(row)[0])(given)
     return result

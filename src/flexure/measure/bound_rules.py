@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from flexure.measure.bound_graph import Bend, Input, LinearMap, Node, Sum, Term
+from flexure.measure.bound_graph import WIDE, Bend, Input, LinearMap, Node, Sum, Term
 
 __all__ = [
     "BoundRule",
@@ -136,7 +136,7 @@ def weighted(
         squares=lambda x: apply(x, square),
         norm=None if norm is None else lambda: norm(weight),
     )
-    shape = apply(torch.zeros(signal.shape, dtype=torch.float64), weight).shape
+    shape = apply(torch.zeros(signal.shape, **WIDE), weight).shape
 
     def merged(factors: Tensor) -> Signal | None:
         channels = _per_channel(factors, shape, axis)
@@ -182,7 +182,7 @@ def bent(signal: Signal, slope: Any, curvature: Any, name: str) -> Signal:
 
 def constant(value: Any) -> Tensor:
     """A constant in the arithmetic of the bounds: float64, on the CPU."""
-    return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+    return torch.as_tensor(value, **WIDE).detach()
 
 
 def _broadcast(*shapes: Sequence[int]) -> torch.Size:
@@ -204,7 +204,7 @@ def _replayed(function: Callable[..., Any], args: Any, kwargs: Any, *, disjoint:
         plain_args, plain_kwargs = _filled((args, kwargs), iter(values))
         return function(*plain_args, **plain_kwargs)
 
-    zeros = [torch.zeros(each.shape, dtype=torch.float64) for each in signals]
+    zeros = [torch.zeros(each.shape, **WIDE) for each in signals]
 
     def node_of(pick: Callable[[Any], Tensor]) -> Signal:
         terms = []

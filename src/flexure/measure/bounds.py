@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from flexure.calling import logits_of
 from flexure.contracts import FlexureError
 from flexure.measure.bound_catalogue import Bounding
-from flexure.measure.bound_graph import Bend, Bent, Reach, backward, reaches
+from flexure.measure.bound_graph import WIDE, Bend, Bent, Reach, backward, reaches, rounding
 from flexure.measure.bound_rules import Graph, Signal
-from flexure.measure.probability import undisturbed
+from flexure.measure.fields import measuring
+from flexure.measure.state import unchanged_randomness
 
 __all__ = ["Contribution", "HessianBound", "hessian_bound"]
 
@@ -154,10 +155,10 @@ def hessian_bound(model: nn.Module, input_shape: Sequence[int]) -> HessianBound:
     element, whichever is smaller (`bound_graph.py`). Layers' norms are the certified ones of
     `flexure.layers`. A normalisation's factors are merged into the layer before it.
 
-    The bound holds for the network of real numbers with these weights, evaluated in float64 on the
-    CPU; a product that overflows gives inf. It is for one sample alone in eval mode: BatchNorm
-    with its running statistics, no dropout; a model in training mode is evaluated in eval mode,
-    and its modes are put back.
+    The bound holds for the network of real numbers with these weights. It is computed in float64 on
+    the CPU and enlarged by what rounding may have taken; a product that overflows gives inf. It is
+    for one sample alone in eval mode: BatchNorm with its running statistics, no dropout; a model in
+    training mode is evaluated in eval mode, and its modes are put back.
 
     Args:
         model: smooth; logits, as a tensor or as `.logits`. It is run once, on zeros.
@@ -174,46 +175,44 @@ def hessian_bound(model: nn.Module, input_shape: Sequence[int]) -> HessianBound:
         >>> model = nn.Sequential(nn.Linear(1, 1), nn.Tanh(), nn.Linear(1, 1))
         >>> with torch.no_grad():
         ...     for layer in (model[0], model[2]):
-        ...         layer.weight.fill_(2.0)
-        Parameter containing:
-        tensor([[2.]], requires_grad=True)
-        Parameter containing:
-        tensor([[2.]], requires_grad=True)
+        ...         _ = layer.weight.fill_(2.0)
         >>> round(float(hessian_bound(model, (1,)).logits), 6)  # 2 · max|tanh''| · 2²
         6.158403
     """
-    output = _traced(model, tuple(input_shape))
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    like = torch.zeros(()) if parameter is None else parameter.detach()
+    x = like.new_zeros((1, *input_shape))
+    with unchanged_randomness(x.device), measuring(model), torch.no_grad():
+        return _bounded(_traced(model, x))
+
+
+def _bounded(output: Signal) -> HessianBound:
     graph, classes = output.graph, output.shape[1]
     needed = graph.needed(output.index)
     reach = reaches(graph.nodes, needed)
     largest = max(math.prod(graph.nodes[index].shape) for index in needed)
-    each = torch.cat(
+    up = rounding(graph.nodes, needed)
+    each = up * torch.cat(
         [
             _stacked(backward(graph.nodes, needed, reach, seed)[0], len(seed))
             for seed in _unit_seeds(classes, max(1, _ROW_ELEMENTS // largest))
         ],
         dim=1,
     )
-    anything = torch.ones(1, 1, classes, dtype=torch.float64)
-    bent, to_input = backward(graph.nodes, needed, reach, anything)
-    rows = tuple(_contributions(graph, bent, each, reach))
+    bent, to_input = backward(graph.nodes, needed, reach, torch.ones(1, 1, classes, **WIDE))
+    rows = tuple(_contributions(graph, bent, each, reach, up))
     vector = sum((row.bound for row in rows), start=0.0)
     return HessianBound(
         logits=each.sum(0).clamp(max=vector),
         vector=vector,
-        lipschitz=min(reach[output.index].norm, float(to_input)),
+        lipschitz=up * min(reach[output.index].norm, float(to_input)),
         contributions=rows,
     )
 
 
-def _traced(model: nn.Module, input_shape: tuple[int, ...]) -> Signal:
+def _traced(model: nn.Module, x: Tensor) -> Signal:
     """The node of the logits, in the graph of one forward pass."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    like = torch.zeros(()) if parameter is None else parameter.detach()
-    x = like.new_zeros((1, *input_shape))
-    graph = Graph(x.shape)
-    with undisturbed(model, x):
-        logits = logits_of(model(Bounding.of(x, Signal(graph, 0))))
+    logits = logits_of(model(Bounding.of(x, Signal(Graph(x.shape), 0))))
     if not isinstance(logits, Bounding):
         raise FlexureError(
             "expected logits that depend on the input by operations that a bound of the Hessian "
@@ -229,21 +228,21 @@ def _traced(model: nn.Module, input_shape: tuple[int, ...]) -> Signal:
 
 def _unit_seeds(classes: int, rows: int) -> Iterator[Tensor]:
     """Each logit alone, (up to `rows`, 1, classes) at a time."""
-    identity = torch.eye(classes, dtype=torch.float64)[:, None]
+    identity = torch.eye(classes, **WIDE)[:, None]
     return (identity[start : start + rows] for start in range(0, classes, rows))
 
 
 def _stacked(bent: list[Bent], rows: int) -> Tensor:
     """(activations, rows) bounds."""
-    return torch.cat([torch.zeros(0, rows, dtype=torch.float64), *(b.bound[None] for b in bent)])
+    return torch.cat([torch.zeros(0, rows, **WIDE), *(b.bound[None] for b in bent)])
 
 
 def _contributions(
-    graph: Graph, bent: list[Bent], each: Tensor, reach: dict[int, Reach]
+    graph: Graph, bent: list[Bent], each: Tensor, reach: dict[int, Reach], up: float
 ) -> Iterator[Contribution]:
     """One row an activation; its bound for any wᵀz is at most the norm of those for the logits."""
     bounds = [
-        min(float(b.bound), float(logits.norm())) for b, logits in zip(bent, each, strict=True)
+        min(up * float(b.bound), float(logits.norm())) for b, logits in zip(bent, each, strict=True)
     ]
     total = sum(bounds)
     for found, bound in zip(bent, bounds, strict=True):
@@ -252,8 +251,8 @@ def _contributions(
             yield Contribution(
                 name=node.name,
                 curvature=float(node.curvature.max()),
-                sensitivity=float(found.sensitivity),
-                lipschitz=reach[node.parent].norm,
+                sensitivity=up * float(found.sensitivity),
+                lipschitz=up * reach[node.parent].norm,
                 bound=bound,
                 share=bound / total if total > 0 else 0.0,
             )
