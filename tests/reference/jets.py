@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+import flexure
+
 
 def nested_forward_mode(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, order: int) -> Tensor:
     """`(order + 1, B)`: Dⁿf(x)[v, ..., v]; exponentially many passes."""
@@ -20,6 +22,20 @@ def nested_forward_mode(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, ord
         levels.append(_derivative(levels[-1], v))
     with Formulas(), sdpa_kernel(SDPBackend.MATH):
         return torch.stack([level(x).detach() for level in levels])
+
+
+def assert_close_to_nested(
+    f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, order: int, tolerance: float = 1e-12
+) -> None:
+    """That `flexure.jet` agrees, relative to the scale of each order over the batch."""
+    with torch.no_grad():
+        found = flexure.jet(f, x, v, order=order)
+    expected = nested_forward_mode(f, x, v, order)
+    assert found.shape == expected.shape == (order + 1, len(x))
+    assert bool(found.isfinite().all())
+    scale = expected.abs().amax(1, keepdim=True)
+    errors = (found - expected).abs() / torch.where(scale > 0, scale, 1.0)
+    assert errors.max().item() < tolerance, errors
 
 
 def _derivative(f: Callable[[Tensor], Tensor], v: Tensor) -> Callable[[Tensor], Tensor]:

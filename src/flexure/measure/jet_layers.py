@@ -130,8 +130,9 @@ def _minus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _softmax_arguments(
-    x: Any, dim: Any = None, *_: Any, dtype: Any = None, **__: Any
+    x: Any, dim: Any = None, *rest: Any, dtype: Any = None, **_: Any
 ) -> tuple[Any, int]:
+    dtype = next((r for r in rest if isinstance(r, torch.dtype)), dtype)
     if dim is None:
         dim = 0 if x.dim() in (0, 1, 3) else 1  # what torch.nn.functional takes
     return (x if dtype is None else x.to(dtype)), dim
@@ -207,6 +208,7 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
+    _current(size_average, reduce)
     if label_smoothing:
         raise Unsupported("it smooths labels; give the smoothed probabilities as the target")
     if isinstance(target, Carrying):
@@ -230,6 +232,7 @@ def _mse(
     reduction: str = "mean",
     weight: Any = None,
 ) -> Any:
+    _current(size_average, reduce)
     apart = x - y
     square = apart * apart if weight is None else apart * apart * weight
     return {"none": lambda: square, "sum": square.sum, "mean": square.mean}[reduction]()
@@ -244,10 +247,16 @@ def _bce_with_logits(
     reduction: str = "mean",
     pos_weight: Any = None,
 ) -> Any:
+    _current(size_average, reduce)
     positive = target if pos_weight is None else target * pos_weight
     each = -(positive * F.logsigmoid(x) + (1 - target) * F.logsigmoid(-x))
     each = each if weight is None else each * weight
     return {"none": lambda: each, "sum": each.sum, "mean": each.mean}[reduction]()
+
+
+def _current(*outdated: Any) -> None:
+    if any(value is not None for value in outdated):
+        raise Unsupported("size_average and reduce are not followed; use reduction=")
 
 
 def _dropout(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -325,9 +334,9 @@ UNITS: Mapping[str, Callable[..., Any]] = {
 """The units of `flexure.units`, by the names of `Carrying.unit_rule`."""
 
 _KINK = (
-    "piecewise polynomial, so that Dⁿf is 0 almost everywhere, or jumps, from some order on (from "
-    "n = 2 where f is piecewise affine). Steer the network with flexure.steer at beta below 1, or "
-    "use flexure.units.centered_softplus"
+    "not smooth. Where f is piecewise affine, Dⁿf is 0 almost everywhere for n >= 2, and the "
+    "derivatives of other kinks jump. Use flexure.steer with beta below 1 (and pooling=True where "
+    "there is max-pooling), or flexure.units.centered_softplus"
 )
 _COUPLED = (
     "it normalises by the statistics of the batch, which couples the samples; call .eval() on the "

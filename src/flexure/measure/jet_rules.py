@@ -64,11 +64,17 @@ def one_of(args: Any, kwargs: Any = None) -> Carrying:
 
 
 def linear(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Linear in the first argument; of the others only shapes and constants count."""
+    """Linear in the first argument, the others constant."""
+    _only([args[0]], args, kwargs)
+    return _like(function, args, kwargs)
+
+
+def _like(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Linear in the first argument; of the others only shape and dtype count."""
     x = args[0]
     rest, kwargs = with_primals(tuple(args[1:])), with_primals(kwargs)
     primal = function(primal_of(x), *rest, **kwargs)
-    if not isinstance(x, Carrying):
+    if not isinstance(x, Carrying) or not isinstance(primal, (Tensor, tuple, list)):
         return primal
     if primal is x.primal:
         return x
@@ -122,7 +128,7 @@ def multilinear(*places: int | str) -> Rule:
         given = {**dict(enumerate(args)), **kwargs}
         held = [key for key in places if isinstance(given.get(key), Carrying)]
         like = one_of(args, kwargs)
-        _only(held, args, kwargs)
+        _only([given[key] for key in held], args, kwargs)
 
         def at(parts: Sequence[Tensor]) -> Any:
             filled = {**given, **dict(zip(held, parts, strict=True))}
@@ -135,7 +141,9 @@ def multilinear(*places: int | str) -> Rule:
 
 
 def _only(held: Sequence[Any], args: Any, kwargs: Any) -> None:
-    if len(held) < len(list(carriers_in((args, kwargs)))):
+    """Raises unless these arguments are all the carriers that there are."""
+    known = sum(isinstance(x, Carrying) for x in held)
+    if known < sum(1 for _ in carriers_in((args, kwargs))):
         raise Unsupported("one of its other arguments depends on the input; keep it constant")
 
 
@@ -222,7 +230,7 @@ def _pow(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     like = one_of((x, p))
     if isinstance(p, Carrying):
         # x^p = exp(p·log(x)), but for its value, which needs no logarithm.
-        logarithm = torch.log(x) if isinstance(x, Tensor) else math.log(x)
+        logarithm = torch.log(x if isinstance(x, Tensor) else torch.tensor(x, dtype=p.dtype))
         value = torch.pow(primal_of(x), p.primal)
         return carry(like, exponential(value, series_of(p * logarithm, like)))
     if not isinstance(p, Tensor) and p == 2:
@@ -331,22 +339,23 @@ def _by(expression: Callable[..., Any]) -> Rule:
 
 _KEEP = (
     "view reshape flatten unflatten ravel squeeze unsqueeze transpose swapaxes swapdims permute "
-    "movedim moveaxis t T mT adjoint expand expand_as view_as reshape_as type_as contiguous "
-    "clone to float double half bfloat16 type cpu cuda narrow select index_select gather "
+    "movedim moveaxis t T mT adjoint expand contiguous "
+    "clone float double half bfloat16 type cpu cuda narrow select index_select gather "
     "take_along_dim take masked_select split split_with_sizes chunk tensor_split unbind unfold "
     "diagonal diag tril triu trace diag_embed flip fliplr flipud roll rot90 tile repeat "
-    "repeat_interleave sum mean nansum cumsum diff neg negative positive pos sum_to_size "
+    "repeat_interleave sum mean cumsum diff neg negative positive pos sum_to_size "
     "pixel_shuffle pixel_unshuffle channel_shuffle deg2rad rad2deg broadcast_to"
 )
 
 ARITHMETIC: dict[Any, Rule] = {
     _KEEP: linear,
+    "expand_as view_as reshape_as type_as to": _like,
     "add": _add,
     "sub subtract": _sub,
     "rsub": _rsub,
     "mul multiply": _mul,
     "div divide true_divide truediv": _div,
-    "pow float_power": _pow,
+    "pow": _pow,
     "getitem": _getitem,
     "setitem": _setitem,
     "copy": _copied,

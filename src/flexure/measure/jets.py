@@ -8,7 +8,9 @@ the catalogue's: `jet_rules.py` and `jet_layers.py`.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -72,15 +74,34 @@ def jet(f: Callable[[Tensor], Any], x: Tensor, v: Tensor, *, order: int) -> Tens
     """
     _check(x, v, order)
     seed = Jet.of(x, (v, *(None,) * (order - 1)) if order else ())
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), _uncompiled():
         y = f(seed)
     y = _as_column(logits_of(y), len(x))
     if not isinstance(y, Jet):
-        y = seed.constant(y)
+        y = _constant(seed, y)
     rows = [torch.zeros_like(y.primal) if c is None else c for c in y.carried]
     return torch.stack(
         [y.primal, *(float(math.factorial(n)) * c for n, c in enumerate(rows, start=1))]
     )
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Runs the Python code of what torch.compile made: it cannot compile for a jet."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and its import takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _constant(seed: Jet, y: Tensor) -> Jet:
+    """The jet of a value that no rule has touched."""
+    if bool(y.isnan().any()):  # what gets round the rules finds nan in the place of x
+        raise FlexureError(
+            "expected f to call torch's functions on its input, got a value that lost the jet on "
+            "its way (torch.vmap, TorchScript, a compiled extension inside f); "
+            "give f as plain Python code"
+        )
+    return seed.constant(y)
 
 
 def _as_column(y: Tensor, batch: int) -> Tensor:

@@ -74,8 +74,9 @@ class Carrying(Tensor):
     @classmethod
     def of(cls, primal: Tensor, carried: Any) -> Self:
         """A carrier with this plain value."""
-        # Only shape, dtype and device of this tensor are ever asked for, so it needs no graph.
-        shell: Self = primal.detach().as_subclass(cls)
+        # Never read. Code that gets round the rules (vmap, TorchScript) finds no number in it.
+        nothing = torch.full((), torch.nan, dtype=primal.dtype, device=primal.device)
+        shell: Self = nothing.expand(primal.shape).as_subclass(cls)
         shell.primal, shell.carried = primal, carried
         shell._family = [ref(shell)]
         return shell
@@ -229,6 +230,12 @@ def _from_primal(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     return function(*with_primals(args), **with_primals(kwargs))
 
 
+def _like_primal(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if any(True for _ in carriers_in((args[1:], kwargs))):
+        raise Unsupported(_CUT)
+    return function(primal_of(args[0]), *args[1:], **kwargs)
+
+
 _VALUES = (
     "the value depends on the input, and what follows from it (a branch, a mask, an index, a "
     "number) cannot be followed; let masks and branches depend on shapes or constants only"
@@ -241,9 +248,9 @@ GENERAL: Mapping[Any, Rule] = {
     "is_floating_point is_complex is_signed is_contiguous stride storage_offset element_size "
     "itemsize nbytes get_device is_cuda is_cpu is_mps is_meta is_xpu is_sparse is_quantized "
     "is_nested is_mkldnn is_neg is_conj is_inference is_same_size len result_type "
-    "is_shared is_pinned is_sparse_csr "
+    "is_shared is_pinned is_sparse_csr ": _from_primal,
     "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty "
-    "new_full new_tensor": _from_primal,
+    "new_full": _like_primal,
     "bool int index complex item tolist numpy array contains eq ne lt le gt ge "
     "equal allclose isclose isnan isinf isfinite isposinf isneginf any all nonzero argwhere "
     "count_nonzero argmax argmin argsort searchsorted bucketize unique logical_not logical_and "

@@ -53,7 +53,7 @@ def quotient(a: Series, b: Series) -> Series:
     q: list[Tensor | None] = []
     b0 = _first(b)
     for k in range(len(a)):
-        taken = cross(b, [*q, None], k, start=1)
+        taken = cross(b, q, k, start=1)
         rest = a[k] if taken is None else (-taken if (top := a[k]) is None else top - taken)
         q.append(None if rest is None else rest / b0)
     return tuple(q)
@@ -64,7 +64,7 @@ def exponential(e0: Tensor, x: Series) -> Series:
     e: list[Tensor | None] = [e0]
     weighted = [None if c is None else j * c for j, c in enumerate(x)]
     for k in range(1, len(x)):
-        total = cross(weighted, [*e, None], k, start=1)
+        total = cross(weighted, e, k, start=1)
         e.append(None if total is None else total / k)
     return tuple(e)
 
@@ -91,7 +91,7 @@ def softmax_series(x: Series, dim: int, p0: Tensor) -> tuple[Series, Series]:
     total = (torch.ones_like(_first(total)), *total[1:])
     y: list[Tensor | None] = []
     for k in range(len(x)):
-        taken = cross(total, [*y, None], k, start=1)
+        taken = cross(total, y, k, start=1)
         top = e[k]
         y.append(top if taken is None or top is None else top - taken)
     return tuple(y), total
@@ -150,7 +150,7 @@ def _square(a: Series) -> Series:
         total = None
         for i in range((k + 1) // 2):
             total = _add_product(total, a[i], a[k - i])
-        total = None if total is None else 2 * total
+        total = None if total is None else total.mul_(2)
         found.append(total if k % 2 else _add_product(total, a[k // 2], a[k // 2]))
     return tuple(found)
 

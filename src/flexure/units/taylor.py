@@ -6,67 +6,95 @@ becomes of them when the unit is applied to a series is said in `flexure.measure
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from flexure.units import functional, plain
 from flexure.units.plain import Dial
 
-__all__ = ["centered_softplus_coefficients", "ctu_coefficients", "sigmoid_coefficients"]
+__all__ = [
+    "centered_softplus_coefficients",
+    "ctu_coefficients",
+    "sigmoid_coefficients",
+    "sigmoid_derivatives",
+]
 
 
-def sigmoid_coefficients(u: Tensor, order: int) -> list[Tensor]:
-    """`s⁽ᵏ⁾(u)/k!` of the sigmoid, k = 0..order.
+def sigmoid_derivatives(u: Tensor, order: int) -> list[Tensor]:
+    """`s⁽ᵏ⁾(u)` of the sigmoid, k = 0..order.
 
-    From `s' = s·(1-s)`: `(k+1)·s_{k+1} = -tanh(u/2)·s_k - Σ_{0<i<k} s_i·s_{k-i}`; nothing cancels
-    in the tails.
+    `s' = s·(1-s)`, differentiated: `s⁽ᵏ⁺¹⁾ = (1-2s)·s⁽ᵏ⁾ - Σ_{0<i<k} binom(k, i)·s⁽ⁱ⁾·s⁽ᵏ⁻ⁱ⁾`.
+    `1-s` is the sigmoid of -u, so that nothing cancels in the tails.
     """
     s = [torch.ops.aten.sigmoid(u)]
     if order == 0:
         return s
-    s.append(s[0] * torch.ops.aten.sigmoid(-u))
-    bend = torch.ops.aten.tanh(-0.5 * u)
+    rest = torch.ops.aten.sigmoid(-u)
+    s.append(s[0] * rest)
+    bend = rest - s[0]
     for k in range(1, order):
         total = bend * s[k]
         for i in range(1, k // 2 + 1):
-            total = torch.addcmul(total, s[i], s[k - i], value=-1.0 if 2 * i == k else -2.0)
-        s.append(total / (k + 1))
+            twice = 1.0 if 2 * i == k else 2.0
+            total = torch.addcmul(total, s[i], s[k - i], value=-twice * math.comb(k, i))
+        s.append(total)
     return s
+
+
+def sigmoid_coefficients(u: Tensor, order: int) -> list[Tensor]:
+    """`s⁽ᵏ⁾(u)/k!` of the sigmoid, k = 0..order."""
+    found = sigmoid_derivatives(u, order)
+    return [s if k < 2 else s * (1.0 / math.factorial(k)) for k, s in enumerate(found)]
 
 
 def ctu_coefficients(x: Tensor, beta: Dial, c: Dial, order: int) -> list[Tensor]:
     """`phi⁽ᵏ⁾(x)/k!` of the CTU, k = 0..order; beta nowhere 1 (its derivatives do not exist there).
 
-    With `s_k` of the sigmoid: `c·(x·eta^k·s_k(eta·x) + eta^(k-1)·s_{k-1}(eta·x))` plus
-    `(1-c)·gamma^(k-1)·s_{k-1}(gamma·x)/k`.
+    For k > 0, with u = eta·x and v = gamma·x, it is `c·eta^(k-1)·(s⁽ᵏ⁻¹⁾(u) + u·s⁽ᵏ⁾(u)/k)/(k-1)!`
+    plus `(1-c)·gamma^(k-1)·s⁽ᵏ⁻¹⁾(v)/k!`.
     """
     found = [functional.ctu(x, beta, c)]
-    t = plain._terms(x, beta, c)
-    if order == 0 or t is None:
+    if order == 0:
         return found
-    step = (t.x > 0).to(t.x.dtype)
-    gated, soft = sigmoid_coefficients(t.u, order), sigmoid_coefficients(t.v, order - 1)
+    wide, gamma, eta, c = _rates(x, beta, c)
+    u = wide * eta
+    gated, soft = sigmoid_derivatives(u, order), sigmoid_derivatives(wide * gamma, order - 1)
     for k in range(1, order + 1):
-        far = step if k == 1 else torch.zeros_like(step)
-        by_u = (t.u * gated[k] + gated[k - 1]) * t.eta ** (k - 1)
-        by_v = soft[k - 1] * (t.gamma ** (k - 1) / k)
-        mixed = plain._mix(t.c, torch.where(t.far_u, far, by_u), torch.where(t.far_v, far, by_v))
+        by_u = torch.addcmul(gated[k - 1], u, gated[k], value=1.0 / k)
+        first = by_u * (c * eta ** (k - 1) / math.factorial(k - 1))
+        second = (1.0 - c) * gamma ** (k - 1) / math.factorial(k)
+        mixed = (
+            torch.addcmul(first, soft[k - 1], second)
+            if isinstance(second, Tensor)
+            else torch.add(first, soft[k - 1], alpha=second)
+        )
         found.append(mixed.to(x.dtype))
     return found
+
+
+def _rates(x: Tensor, beta: Dial, c: Dial) -> tuple[Tensor, Dial, Dial, Dial]:
+    """`x`, gamma, eta and c in the working dtype; 1 - beta is taken before beta is rounded."""
+    dtype = plain.working_dtype(x)
+    if isinstance(beta, Tensor):
+        beta = beta.to(torch.promote_types(beta.dtype, torch.float32))
+    gamma = 1.0 / (1.0 - beta)
+    eta = beta * gamma
+    gamma, eta, c = (v.to(dtype) if isinstance(v, Tensor) else v for v in (gamma, eta, c))
+    return x.to(dtype), gamma, eta, c
 
 
 def centered_softplus_coefficients(x: Tensor, beta: Dial, order: int) -> list[Tensor]:
     """`s⁽ᵏ⁾(x)/k!` of the centered softplus, k = 0..order; beta nowhere inf.
 
-    `beta^(k-1)·s_{k-1}(beta·x)/k` with `s_k` of the sigmoid, for k > 0.
+    `beta^(k-1)·s⁽ᵏ⁻¹⁾(beta·x)/k!` with the derivatives of the sigmoid, for k > 0.
     """
     found = [functional.centered_softplus(x, beta)]
     if order == 0:
         return found
-    t = plain._centered_terms(x, beta)
-    step = (t.x > 0).to(t.x.dtype)
-    slopes = sigmoid_coefficients(t.b * t.near_x, order - 1)
-    for k, slope in enumerate(slopes, start=1):
-        far = step if k == 1 else torch.zeros_like(step)
-        found.append(torch.where(t.linear, far, slope * (t.b ** (k - 1) / k)).to(x.dtype))
+    wide = x.to(plain.working_dtype(x))
+    rate = beta.to(wide.dtype) if isinstance(beta, Tensor) else beta
+    for k, slope in enumerate(sigmoid_derivatives(rate * wide, order - 1), start=1):
+        found.append((slope * (rate ** (k - 1) / math.factorial(k))).to(x.dtype))
     return found
