@@ -234,17 +234,19 @@ def test_a_pretrained_network(real_data: Path):
     (weights,) = (real_data / "resnet-cifar10").glob("*resnet20*.safetensors")
     loaded = flexure.load_model(f"flexure:resnet20?weights={weights}")
     x = torch.stack(
-        [loaded.preprocess(torch.tensor(i).movedim(-1, 0)) for i in stored["images"][:4]]
+        [loaded.preprocess(torch.tensor(i).movedim(-1, 0)) for i in stored["images"][:8]]
     )
-    y = torch.tensor(stored["labels"][:4])
-    plain = gradient_change(loaded.model, x, y, radii=(1e-3, 1e-2))
+    y = torch.tensor(stored["labels"][:8])
+    radii = (1e-3, 1e-2)
+    plain = gradient_change(loaded.model, x, y, radii=radii, points=1)
+    x, y = x[:3], y[:3]
     with flexure.steer(loaded.model, beta=0.9, example=x[:1]):
-        smooth = gradient_change(loaded.model, x, y, radii=(1e-3, 1e-2))
-        wide = gradient_change(loaded.model.double(), x.double(), y, radii=(1e-3, 1e-2), points=0)
+        smooth = gradient_change(loaded.model, x, y, radii=radii, points=1)
+        wide = gradient_change(loaded.model.double(), x.double(), y, radii=radii, points=0)
     assert plain.converged.all()
     assert smooth.converged.all()
     torch.testing.assert_close(smooth.change, wide.change, rtol=0.02, atol=0)
-    assert (smooth.change < plain.change / 2).all()
+    assert (smooth.change < plain.change[:3] / 2).all()
     assert (smooth.violations == 0).all()
     assert plain.violations[:, 0].any()
 

@@ -16,6 +16,7 @@ import scipy.stats
 import torch
 from torch import Generator, Tensor, nn
 
+import flexure
 from flexure.contracts import DataError, FlexureError
 from flexure.measure.over import Summary, over
 from flexure.per_sample import PerSample
@@ -113,6 +114,22 @@ def test_only_the_values_stay():
     for part in kept.values():
         assert not part.value.requires_grad
         assert part.value.untyped_storage().nbytes() == 4 * len(part)
+
+
+def test_the_librarys_measures_take_their_models_by_partial():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 7)).double()
+    given = [(x.double(), y) for x, y in batches()]
+    x, y = (torch.cat(column) for column in zip(*given, strict=True))
+    measured = over(functools.partial(flexure.curvature, model, tol=1e-9), given).result
+    whole = flexure.curvature(model, x, y, tol=1e-9)
+    torch.testing.assert_close(measured.normalized, whole.normalized, rtol=1e-7, atol=0)
+    rates = over(functools.partial(flexure.curvature_rate, model, directions=2), given).result
+    assert rates.squares.shape == (18, 4)
+    norms = rates.squares.mean(0).log() / 2  # over all samples, before the logarithm
+    factors = replace(rates, squares=torch.ones_like(rates.squares)).log_norms
+    slope = np.polyfit([1, 2, 3, 4], (norms + factors).numpy(), 1)[0]
+    assert rates.rate == pytest.approx(slope, rel=1e-9)
 
 
 def test_progress_tells_batches():
@@ -281,6 +298,24 @@ def test_paired_shares_have_a_width_where_nothing_differs():
     changed = right.clone()
     changed[0] = ~changed[0]
     assert summary_of(changed).paired(summary_of(right), "value").mean == pytest.approx(0.05)
+
+
+def test_pairs_of_several_values():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 9, 3, generator=generator)
+    for one, other in ((a, b), (a > 0, b > 0)):
+        told = summary_of(one).paired(summary_of(other), "value")
+        for k in range(3):
+            alone = summary_of(one[:, k]).paired(summary_of(other[:, k]), "value")
+            for name in ("mean", "standard_error", "low", "high", "defined"):
+                assert float(getattr(told, name)[k]) == pytest.approx(float(getattr(alone, name)))
+
+
+def test_pairs_must_be_of_one_measurement():
+    there = over(MEASURE, batches())
+    other = over(functools.partial(scenarios.noisy, 2.0), batches())
+    with pytest.raises(FlexureError, match=r"same settings, got \{'scale': 0.5\} and"):
+        there.paired(other, "value")
 
 
 def test_pairs_must_be_of_the_same_samples():

@@ -168,8 +168,8 @@ class _Work(Generic[Result]):
 
     def _measured(self, index: int, x: Any, y: Any) -> Result:
         rows = _rows((y, x) if isinstance(y, Tensor) else x, index)
-        if index in self._kept:
-            part = self._kept[index]
+        part = self._kept.get(index)
+        if part is not None:
             _check(part, rows, f"the kept batch {index}")
             return part
         found = self._caller(x, y, index, _generator(self._seed, index))

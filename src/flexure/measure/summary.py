@@ -125,21 +125,22 @@ class Summary(Generic[Result]):
 
         Args:
             other: another model's, say, over the same samples in the same order. Checked are their
-                number and, where both have them, their labels.
+                number, their labels where both have them, and the settings of the measure.
             name: of the field.
             level: of the interval, in (0, 1).
 
         Raises:
-            FlexureError: a field or level that there is not.
+            FlexureError: a field or level that there is not, or other settings.
             DataError: they are not of the same samples.
         """
+        self._check_comparable(other)
         here, there = self._named(name, level), other._named(name, level)
-        self._check_same_samples(other)
         differences = here - there
         mean, error, count = (f(differences) for f in (_mean, _standard_error, _count))
         wide = differences
         if self._is_share(name):
-            wide = torch.cat([differences, differences.new_tensor([1.0, -1.0])])
+            one = torch.ones_like(differences[:1])
+            wide = torch.cat([differences, one, -one])
         low, high = t_interval(_mean(wide), _standard_error(wide), _count(wide), level=level)
         low, high = torch.minimum(low, mean), torch.maximum(high, mean)
         return PairedDifference(mean, error, low, high, count, level)
@@ -185,7 +186,12 @@ class Summary(Generic[Result]):
     def _is_share(self, name: str) -> bool:
         return self.result.samples()[name].dtype == torch.bool
 
-    def _check_same_samples(self, other: Summary[Result]) -> None:
+    def _check_comparable(self, other: Summary[Result]) -> None:
+        if (settings := self.result.settings()) != (others := other.result.settings()):
+            raise FlexureError(
+                f"expected results of the same settings, got {settings} and {others}; measure both "
+                f"alike"
+            )
         if len(self) != len(other):
             raise DataError(
                 f"expected results of the same samples, got {len(self)} and {len(other)} of them; "
