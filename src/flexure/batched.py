@@ -73,7 +73,7 @@ def lanczos(
     tol: float,
     max_products: int,
     random_share: float = 0.1,
-    doubt: float = 1e-2,
+    doubt: float = 1e-3,
 ) -> Spectrum:
     """The eigenvalue of largest magnitude of each sample's operator, by the Lanczos method.
 
