@@ -1,13 +1,14 @@
 """Curvature of pretrained CIFAR-10 ResNets, plain and steered, on lossless test images.
 
-    FLEXURE_DATA=FOLDER python docs/experiments/curvature.py --depths 20 32 44
-    FLEXURE_DATA=FOLDER python docs/experiments/curvature.py --depths 56
+    FLEXURE_DATA=FOLDER python docs/experiments/curvature.py --depths 20 56
+    FLEXURE_DATA=FOLDER python docs/experiments/curvature.py --depths 32 44
+    FLEXURE_DATA=FOLDER python docs/experiments/curvature.py --across
 
 Every network is measured on the same images with the same random draws. One results file a depth,
 written anew after each network, in `docs/experiments/results/curvature/`. What is finished is kept
-in `--work`: a run that was interrupted goes on where it stopped, and one with all depths, after
-those above, only adds `depths.json`, in which the depths are compared. `curvature_table.py` prints
-the tables.
+in `--work`, so that a run that was interrupted goes on where it stopped. The last command comes
+after the others and measures little anew: it compares the depths, in `depths.json`.
+`curvature_table.py` prints the tables.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,21 @@ def main() -> None:
         weights = data / "resnet-cifar10" / f"resnet{depth}.safetensors"
         loaded = flexure.load_model(f"flexure:resnet{depth}?weights={weights}")
         images = drawn(loaded, data / "cifar10-lossless" / "test846.npz", options)
-        found: dict[str, ModelMeasurements] = {}
+        found = everything[depth] = {}
+        numbers = []
         for name, model in models(loaded.model, images, options).items():
             store = options.work / f"resnet{depth}" / name.replace(" ", "-")
             found[name] = measured(name, model, images, store, options)
-            write(options.out / f"resnet{depth}.json", depth, found, options)
+            if options.across:
+                continue
+            numbers.append(
+                network(found[name]) | {"differences": differences(found, name, options)}
+            )
+            write(options, f"resnet{depth}.json", {"depth": depth, "networks": numbers})
             told = ", ".join(f"{key} {value:.1f}" for key, value in found[name].seconds.items())
             print(f"resnet{depth} {name}: seconds: {told}", flush=True)
-        everything[depth] = found
-    if len(everything) > 1:
-        write_depths(options.out / "depths.json", everything, options)
+    if options.across:
+        write(options, "depths.json", {"differences": across(everything, options)})
 
 
 def drawn(loaded: flexure.LoadedModel, path: Path, options: argparse.Namespace) -> PreparedBatches:
@@ -100,59 +106,55 @@ def measured(
     return found.models[0]
 
 
-def write(
-    path: Path, depth: int, found: dict[str, ModelMeasurements], options: argparse.Namespace
-) -> None:
-    """What was found so far, with paired differences to the plain network.
+def differences(
+    found: dict[str, ModelMeasurements], name: str, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """How a network compares, image by image, with the plain one.
 
-    It has no curvature rate: rates are compared with that of the network that is steered least.
+    That has no curvature rate: rates are compared with that of the network that is steered least.
     """
-    first = next((model for model in found.values() if model.rate is not None), None)
-    numbers = []
-    for model in found.values():
-        differences = [*differences_of(model, found[PLAIN], options)]
-        if first is not None:
-            differences += differences_of(model, first, options, measure="rate")
-        numbers.append(network(model) | {"differences": differences})
-    write_json(path, recorded(options, {"depth": depth, "networks": numbers}))
+    model = found[name]
+    told = [] if name == PLAIN else pairs(model, found[PLAIN], options)
+    first = next((each for each in found.values() if each.rate is not None), model)
+    if first is not model and model.rate is not None:
+        told += pairs(only_rate(model), only_rate(first), options)
+    return told
 
 
-def write_depths(
-    path: Path, found: dict[int, dict[str, ModelMeasurements]], options: argparse.Namespace
-) -> None:
-    """Paired differences of deeper networks to the shallowest one at the same setting."""
+def across(
+    found: dict[int, dict[str, ModelMeasurements]], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """How deeper networks compare with the shallowest one at the same setting."""
     shallow, *deeper = sorted(found)
-    numbers = [
-        {"depth": depth, "name": name, **difference}
+    return [
+        {"depth": depth, "name": name, **difference, "against": f"resnet{shallow}"}
         for depth in deeper
         for name, model in found[depth].items()
-        for difference in differences_of(model, found[shallow][name], options)
+        for difference in pairs(model, found[shallow][name], options)
     ]
-    for one in numbers:
-        one["against"] = f"resnet{shallow}"
-    write_json(path, recorded(options, {"differences": numbers}))
 
 
-def differences_of(
-    model: ModelMeasurements,
-    other: ModelMeasurements,
-    options: argparse.Namespace,
-    measure: str | None = None,
+def pairs(
+    model: ModelMeasurements, other: ModelMeasurements, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """How a network compares with another one, not with itself."""
-    if model is other:
-        return []
+    """Paired differences of a network to another one."""
     return [
-        {"against": other.name, **asdict(one)}
-        for one in compared(model, other, seed=options.seed)
-        if measure in (None, one.measure)
+        {"against": other.name, **asdict(one)} for one in compared(model, other, seed=options.seed)
     ]
 
 
-def recorded(options: argparse.Namespace, numbers: dict[str, Any]) -> dict[str, Any]:
-    """A results file; no path of this machine is in it."""
-    config = {key: value for key, value in vars(options).items() if key not in ("out", "work")}
-    return record(config=config, seed=options.seed, numbers=numbers)
+def only_rate(model: ModelMeasurements) -> ModelMeasurements:
+    """Without its other measures."""
+    return replace(model, summaries={"rate": model.summaries["rate"]})
+
+
+def write(options: argparse.Namespace, name: str, numbers: dict[str, Any]) -> None:
+    """Writes a results file; no path of this machine is in it."""
+    config = {
+        key: value for key, value in vars(options).items() if key not in ("out", "work", "across")
+    }
+    payload = record(config=config, seed=options.seed, numbers=numbers)
+    write_json(options.out / name, payload)
 
 
 def network(found: ModelMeasurements) -> dict[str, Any]:
@@ -182,10 +184,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--c", type=float, default=0.5)
     parser.add_argument("--measures", nargs="+", default=MEASURES)
     parser.add_argument("--samples", type=int, default=846)
-    parser.add_argument("--rate-samples", type=int, default=256)
-    parser.add_argument("--directions", type=int, default=8)
+    parser.add_argument("--rate-samples", type=int, default=846)
+    parser.add_argument("--directions", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--across", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("build") / "curvature")
     return parser.parse_args()
