@@ -292,18 +292,22 @@ def test_units_in_parallel_are_exact() -> None:
     assert hessian_bound(model, (3,)).vector == pytest.approx(2 * 4 / (3 * math.sqrt(3)), rel=1e-4)
 
 
-def test_two_layers_add_up() -> None:
-    # f = c·tanh(b·tanh(a x)): c·peak·(a b)² from the outer unit, c·b·peak·a² from the inner one.
-    a, b, c, peak = 1.5, 0.7, 2.0, 4 / (3 * math.sqrt(3))
-    model = mlp(nn.Tanh, 1, 1, 1, 1).double()
+@pytest.mark.parametrize("height", [1.0, 0.2, -3.0])
+def test_two_layers_add_up(height: float) -> None:
+    # f = c·φ(b·φ(a x)): c·peak·(b·slope·a)² from the outer unit, c·slope·b·peak·a² from the inner.
+    a, b, c = 1.5, 0.7, 2.0
+    slope, peak = abs(height), abs(height) * 4 / (3 * math.sqrt(3))
+    model = mlp(lambda: Smooth(lambda x: height * torch.tanh(x)), 1, 1, 1, 1).double()
     with torch.no_grad():
         for layer, value in zip(model[::2], (a, b, c), strict=True):
             layer.weight.fill_(value)
     bound = hessian_bound(model, (1,))
     inner, outer = bound.contributions
-    assert inner.bound == pytest.approx(c * b * peak * a**2)
-    assert outer.bound == pytest.approx(c * peak * (a * b) ** 2)
+    assert inner.curvature == pytest.approx(peak)
+    assert inner.bound == pytest.approx(c * slope * b * peak * a**2)
+    assert outer.bound == pytest.approx(c * peak * (b * slope * a) ** 2)
     assert bound.vector == pytest.approx(inner.bound + outer.bound)
+    assert bound.lipschitz == pytest.approx(c * slope * b * slope * a)
     assert inner.share + outer.share == pytest.approx(1.0)
     assert (inner.name, outer.name) == ("1", "3")
 
@@ -429,6 +433,12 @@ MAPS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], bool]] = {
     "matrix": (lambda x: x @ torch.tensor([[1.0, 2.0], [0.0, -3.0]]).double(), (2,), True),
     "matrix on the left": (lambda x: torch.ones(2, 3).double() @ x, (3, 4), True),
     "einsum": (lambda x: torch.einsum("bi,ij->bj", x, torch.eye(3).double() * 2), (3,), True),
+    "constant's dtype": (
+        lambda x: 2 * x + torch.ones(3).type_as(x) * torch.ones(3).to(x),
+        (3,),
+        True,
+    ),
+    "more axes": (lambda x: x * torch.ones(1, 1, 1).double(), (3,), True),
     "in place": (lambda x: x.clone().mul_(2.0).add_(x), (3,), True),
     "copied into": (lambda x: torch.zeros_like(x) + x.clone().copy_(2 * x), (3,), True),
 }
@@ -488,6 +498,11 @@ def test_many_logits_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert in_turns.vector == pytest.approx(expected.vector)
 
 
+def pooled_unit() -> nn.Module:
+    params = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": False}
+    return flexure.units.CTU("max_pool1d", beta=0.7, params=params)
+
+
 REFUSED: dict[str, tuple[nn.Module, str, str]] = {
     "relu": (nn.ReLU(), "relu in module '1' (ReLU)", "steer"),
     "leaky": (nn.LeakyReLU(), "leaky_relu", "centered_softplus"),
@@ -495,7 +510,8 @@ REFUSED: dict[str, tuple[nn.Module, str, str]] = {
     "elu": (nn.ELU(0.5), "elu", "jumps"),
     "layer norm": (nn.LayerNorm(4), "layer_norm in module '1' (LayerNorm)", "no bound"),
     "softmax": (nn.Softmax(1), "softmax", "no bound"),
-    "max": (nn.MaxPool1d(2), "max_pool1d", "jumps"),
+    "max": (nn.MaxPool1d(2), "max_pool1d", "AvgPool"),
+    "pool unit": (pooled_unit(), "soft_maximum", "AvgPool"),
     "product": (Smooth(lambda x: x * torch.tanh(x)), "mul", "two values"),
     "quotient": (Smooth(lambda x: 1 / x), "div", "no bound"),
     "matrix product": (Smooth(lambda x: x @ x.mT @ x), "matmul", "two values"),
@@ -504,6 +520,8 @@ REFUSED: dict[str, tuple[nn.Module, str, str]] = {
     "statistics": (nn.BatchNorm1d(4, track_running_stats=False), "batch_norm", "statistics"),
     "branch": (Smooth(lambda x: x if x.sum() > 0 else -x), "gt", "branch"),
     "transformer": (nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), "in module", "no bound"),
+    "threshold": (nn.Softplus(threshold=2.0), "softplus in module '1'", "threshold"),
+    "arguments": (Smooth(lambda x: torch.dropout(x, 0.5, train=False)), "dropout", "not known"),
     "bits": (Smooth(lambda x: x.view(torch.int32)), "view", "ordinary"),
     "random": (Smooth(lambda x: F.dropout(x, 0.5)), "dropout", "model.eval()"),
     "unknown": (Smooth(torch.lgamma), "lgamma in module '1'", "no rule"),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flexure.measure.bound_layers import (
     KINK,
+    MAXIMUM,
     PRODUCT,
     TRAINING,
     UNBOUNDED,
@@ -75,7 +76,7 @@ class Bounding(Carrying):
     def unit_rule(cls, name: str, x: Any, *dials: Any) -> Any:
         """The units: an activation each, by its largest slope and curvature."""
         if name not in _UNITS:
-            raise Unsupported(KINK if name == "soft_maximum" else UNBOUNDED)
+            raise Unsupported(f"there is no bound for it here; {MAXIMUM}")
         # A function mode must not take what is called here for the network's own activations.
         with torch.no_grad(), torch._C.DisableTorchFunction():
             function, bounds = _UNITS[name]
@@ -90,14 +91,19 @@ class Bounding(Carrying):
 
 
 def _spelled(rule: BoundRule) -> Rule:
-    """A rule of signals as a rule of carriers."""
+    """A rule of signals as a rule of carriers; it returns None where the value is a constant."""
 
     def run(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if not any(True for _ in carriers_in((args, kwargs))):
             return function(*args, **kwargs)
         # Before the value: what is refused must not draw random numbers.
-        signals = rule(function, *_signals_in(args), **_signals_in(kwargs))
+        try:
+            signals = rule(function, *_signals_in(args), **_signals_in(kwargs))
+        except TypeError as error:
+            raise Unsupported(f"it is called in a way that is not known here ({error})") from error
         value = function(*with_primals(args), **with_primals(kwargs))
+        if signals is None:
+            return value
         if isinstance(value, Tensor):
             return _carrier(value, signals)
         return type(value)(_carrier(v, s) for v, s in zip(value, signals, strict=True))
@@ -124,8 +130,9 @@ def _signals_in(args: Any) -> Any:
     return args
 
 
-def _same(function: Any, x: Signal, *args: Any, **kwargs: Any) -> Signal:
-    return x
+def _same(function: Any, x: Any, *args: Any, **kwargs: Any) -> Signal | None:
+    """The signal itself; a constant that takes the dtype of one is a constant."""
+    return x if isinstance(x, Signal) else None
 
 
 def _add(function: Any, x: Any, y: Any, *, alpha: float = 1) -> Signal:
@@ -201,6 +208,15 @@ def _site(module: nn.Module) -> str:
     return name if isinstance(name, str) else ""
 
 
+def _softplus(beta: float = 1.0, threshold: float = 20.0) -> UnitBounds:
+    if threshold < _THRESHOLD:
+        raise Unsupported("below its default threshold, it jumps; " + KINK)
+    return unit_bounds("softplus", beta=beta)
+
+
+_THRESHOLD = 20.0
+"""PyTorch's default; the jump there is below float32's rounding, and not counted."""
+
 _UNITS: Mapping[str, tuple[Callable[..., Tensor], Callable[..., UnitBounds]]] = {
     "ctu": (ctu, ctu_bounds),
     "centered_softplus": (centered_softplus, centered_softplus_bounds),
@@ -217,7 +233,7 @@ _SMOOTH: Mapping[str, Callable[..., UnitBounds]] = {
     "softsign": partial(unit_bounds, "softsign"),
     "tanhshrink": partial(unit_bounds, "tanhshrink"),
     "gelu": lambda *, approximate="none": unit_bounds("gelu", approximate=approximate),
-    "softplus": lambda beta=1.0, threshold=20.0: unit_bounds("softplus", beta=beta),
+    "softplus": _softplus,
     "elu": lambda alpha=1.0: unit_bounds("elu", alpha=alpha),
     "celu": lambda alpha=1.0: unit_bounds("celu", alpha=alpha),
     "sin cos": lambda: UnitBounds(-1.0, 1.0, 1.0),
@@ -238,10 +254,13 @@ _SAME = "neg negative positive clone contiguous to double half bfloat16 type_as 
 _DROPOUTS = "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout"
 _KINKS = (
     "relu relu6 leaky_relu prelu rrelu threshold hardtanh hardswish hardsigmoid hardshrink "
-    "softshrink selu abs absolute clamp clip clamp_min clamp_max max min maximum minimum fmax fmin "
-    "amax amin aminmax max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d "
-    "adaptive_max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices "
-    "fractional_max_pool2d sign round floor ceil trunc frac sort topk median kthvalue"
+    "softshrink selu abs absolute clamp clip clamp_min clamp_max sign round floor ceil trunc frac"
+)
+_MAXIMA = (
+    "max min maximum minimum fmax fmin amax amin aminmax max_pool1d max_pool2d max_pool3d "
+    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices "
+    "max_pool2d_with_indices max_pool3d_with_indices fractional_max_pool2d sort topk median "
+    "kthvalue"
 )
 _NO_BOUND = (
     "layer_norm group_norm instance_norm rms_norm local_response_norm normalize softmax "
@@ -253,6 +272,7 @@ _NO_BOUND = (
 _RULES: Mapping[Any, Rule] = {
     **GENERAL,
     _KINKS: refused(KINK),
+    _MAXIMA: refused(f"its slope jumps where another element becomes the largest; {MAXIMUM}"),
     _NO_BOUND: refused(UNBOUNDED),
     _MOVES: _spelled(moved),
     _JOINS: _spelled(concatenated),

@@ -18,6 +18,7 @@ from flexure.measure.propagate import Unsupported
 
 __all__ = [
     "KINK",
+    "MAXIMUM",
     "PRODUCT",
     "TRAINING",
     "UNBOUNDED",
@@ -35,6 +36,7 @@ KINK = (
     "its slope jumps, so that its second derivative has no bound; steer it (flexure.steer with "
     "beta < 1), or use flexure.units.centered_softplus in its place"
 )
+MAXIMUM = "average in place of taking the maximum (nn.AvgPool2d for nn.MaxPool2d)"
 UNBOUNDED = (
     "its first or second derivative has no bound over all inputs, so that the network's Hessian "
     "has none that this can see; use flexure.curvature on data instead"

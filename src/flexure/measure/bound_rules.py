@@ -150,10 +150,10 @@ def weighted(
 
 def scaled(signal: Signal, factors: Tensor) -> Signal:
     """The signal times a constant that broadcasts; merged into what it comes from if possible."""
-    if factors.numel() == 1 and float(factors) in (1.0, -1.0):
-        return signal
     node = signal.node
     if _broadcast(signal.shape, factors.shape) == signal.shape:
+        if factors.numel() == 1 and abs(float(factors)) == 1.0:
+            return signal
         if isinstance(node, Bend):
             size = factors.abs()
             slope, curvature = node.slope * size, node.curvature * size
