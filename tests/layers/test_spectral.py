@@ -188,6 +188,21 @@ def test_clustered_singular_values() -> None:
     assert norm(weight) <= linear_norm_bound(weight) <= 1 + 1e-4
 
 
+def test_never_below_norms_that_are_known_exactly() -> None:
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(6):
+        hadamard = torch.cat(
+            [torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)]
+        )
+    assert linear_norm_bound(hadamard) >= 8.0
+    for count in (1, 3, 7, 49):
+        assert linear_norm_bound(torch.ones(count, count)) >= count
+        kernel = torch.full((1, 1, count), 0.1, dtype=torch.float64)
+        options = {"input_size": 2 * count, "padding": count // 2, "padding_mode": "circular"}
+        # The kernel's sum in real numbers: what float64 holds for 0.1 is above it.
+        assert conv_norm_bound(kernel, route="torus", **options) >= count / 10
+
+
 def test_more_iterations_are_never_looser() -> None:
     weight = torch.randn(40, 30)
     bounds = [linear_norm_bound(weight, iterations=k, tolerance=0.0) for k in range(16)]
