@@ -51,9 +51,8 @@ class Carrying(Tensor):
     """A tensor with something carried along; made by `of`, never by its constructor.
 
     It has the shape, dtype and device of its primal value, and is a tensor to `isinstance`. Every
-    operation on it is passed to a rule of the subclass's table; one without a rule raises, so that
-    what is carried is never dropped. An operation in place replaces primal and carried values, and
-    writes into no memory; it is refused where a view makes another carrier share in it.
+    operation on it is a rule's of the subclass's table; one without a rule raises. An operation in
+    place replaces both values and writes into no memory; it is refused where views share in it.
 
     Attributes:
         primal: the plain value, with its autograd graph.
@@ -251,6 +250,8 @@ GENERAL: Mapping[Any, Rule] = {
     "is_shared is_pinned is_sparse_csr ": _from_primal,
     "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty "
     "new_full": _like_primal,
+    # Watches the gradient of the plain value.
+    "register_hook": _from_primal,
     "bool int index complex item tolist numpy array contains eq ne lt le gt ge "
     "equal allclose isclose isnan isinf isfinite isposinf isneginf any all nonzero argwhere "
     "count_nonzero argmax argmin argsort searchsorted bucketize unique logical_not logical_and "
@@ -258,6 +259,7 @@ GENERAL: Mapping[Any, Rule] = {
     "is_nonzero": refused(_VALUES),
     Tensor.__float__: refused(_VALUES),
     "detach data": refused(_CUT),
+    Tensor.requires_grad_: refused("ask for gradients of the input instead"),
 }
 """Rows that every subclass shares: queries, and what no carrier can pass."""
 

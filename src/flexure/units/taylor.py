@@ -79,8 +79,8 @@ def _rates(x: Tensor, beta: Dial, c: Dial) -> tuple[Tensor, Dial, Dial, Dial]:
     dtype = plain.working_dtype(x)
     if isinstance(beta, Tensor):
         beta = beta.to(torch.promote_types(beta.dtype, torch.float32))
-    gamma = 1.0 / (1.0 - beta)
-    eta = beta * gamma
+    width = 1.0 - beta
+    gamma, eta = 1.0 / width, beta / width
     gamma, eta, c = (v.to(dtype) if isinstance(v, Tensor) else v for v in (gamma, eta, c))
     return x.to(dtype), gamma, eta, c
 
