@@ -107,6 +107,7 @@ SOUND: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "transformer": (Encoder, (6, 8)),
     "LSTM": (Recurrent, (6, 8)),
     "Swin": (Swin, (3, 16, 16)),
+    "input overwritten": (lambda: nn.Sequential(nn.ELU(inplace=True), mlp()), VECTOR),
     "parametrized": (Parametrized, VECTOR),
     "scripted": (lambda: torch.jit.script(mlp()), VECTOR),
     "float32 inside": (Insistent, VECTOR),
@@ -358,3 +359,25 @@ def test_pretrained_networks_pass(real_data: Any, depth: int) -> None:
     net = flexure.load_model(f"flexure:resnet{depth}?weights={file}").model
     images = np.load(real_data / "cifar10-lossless" / "test846.npz")["images"][:40:5]
     checked(net, torch.from_numpy(images).permute(0, 3, 1, 2).float() / 64 - 2, samples=8)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("name", ["silent", "detached", "dropout", "noise", "batch mean"])
+def test_curvature_refuses_culprits_and_changes_nothing(name: str, labelled: bool) -> None:
+    culprit, message = CULPRITS[name]
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), Calls(culprit), nn.Linear(8, 4))
+    x = torch.randn(6, 5)
+    state = torch.get_rng_state()
+    with pytest.raises(FlexureError, match=message):
+        flexure.curvature(net, x, torch.arange(6) % 4 if labelled else None)
+    assert torch.get_rng_state().equal(state)
+    assert net.training
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+
+
+def test_curvature_of_networks_in_training_mode_is_that_of_eval_mode() -> None:
+    net = nn.Sequential(convnet(nn.BatchNorm2d), nn.Dropout())
+    x, y = torch.randn(6, *IMAGE), torch.arange(6) % 4
+    found = flexure.curvature(net.train(), x, y)
+    assert net[0][1].training
+    assert found.normalized.equal(flexure.curvature(net.eval(), x, y).normalized)

@@ -235,7 +235,7 @@ class _Checks:
         """(k,) the field; errors of the float64 copy alone are told from the field's own."""
         field = self.bind(rows)
         try:
-            values = field(x)
+            values = field(x.clone())  # models may overwrite their input
         except FlexureError:
             raise
         except Exception as error:

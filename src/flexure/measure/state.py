@@ -30,13 +30,20 @@ def twice_differentiable() -> Iterator[None]:
 
 
 @contextmanager
-def unchanged_randomness(device: torch.device) -> Iterator[None]:
-    """Puts back what is drawn inside from the global generators of torch, Python and NumPy."""
+def unchanged_randomness(device: torch.device | None = None) -> Iterator[None]:
+    """Puts back what is drawn inside from the global generators of torch, Python and NumPy.
+
+    Args:
+        device: whose generator, besides the CPU's; None: every CUDA device in use.
+    """
     state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
-    kind = "cuda" if device.type == "cpu" else device.type
-    devices = [] if device.type == "cpu" else [device]
+    kind, devices = "cuda", list[torch.device | int]()
+    if device is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        devices.extend(range(torch.cuda.device_count()))
+    elif device is not None and device.type != "cpu":
+        kind, devices = device.type, [device]
     try:
         with torch.random.fork_rng(devices, device_type=kind):
             yield
