@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flexure.calling import call_model, evaluating, logits_of, map_tensors
 from flexure.contracts import FlexureError
-from flexure.measure.state import twice_differentiable
+from flexure.measure.state import twice_differentiable, unchanged_randomness
 
 __all__ = ["Field", "margin", "measuring", "point_of", "scalar_field"]
 
@@ -172,6 +172,7 @@ def measuring(model: Any) -> Iterator[None]:
         for device in {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}:
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(twice_differentiable())
+        stack.enter_context(unchanged_randomness())
         if isinstance(model, nn.Module):
             stack.enter_context(evaluating(model))
             stack.enter_context(_constant(model))
