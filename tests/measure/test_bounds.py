@@ -280,6 +280,9 @@ def test_one_hidden_layer_is_the_better_of_two_closed_forms() -> None:
         by_units = peak * float(last[k].abs() @ rows)
         assert each == pytest.approx(min(by_norm, by_units), rel=1e-4)
     assert bound.lipschitz <= norm(first) * norm(last) * (1 + 1e-4)
+    (row,) = bound.contributions
+    assert row.sensitivity == pytest.approx(float(last.norm(dim=0).max()))
+    assert row.lipschitz == pytest.approx(norm(first), rel=1e-4)
 
 
 def test_units_in_parallel_are_exact() -> None:
@@ -425,7 +428,7 @@ MAPS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], bool]] = {
     "masked": (lambda x: x.masked_fill(torch.tensor([True, False, False]), -9.0), (3,), True),
     "twice itself": (lambda x: x + x, (3,), True),
     "minus": (lambda x: 1 - 3 * x / 2, (3,), True),
-    "alpha": (lambda x: torch.add(x, x, alpha=-3), (2,), False),
+    "alpha": (lambda x: torch.sub(torch.add(x, x, alpha=3), x, alpha=-2), (2,), True),
     "per element": (lambda x: x * torch.tensor([1.0, -4.0, 2.0]), (3,), True),
     "broadcast": (lambda x: x.unsqueeze(2) * torch.tensor([3.0, 4.0]), (2,), False),
     "cat with a constant": (lambda x: torch.cat([x, torch.ones(1, 2)], 1), (3,), True),

@@ -7,7 +7,7 @@ With T a linear map, |T| the map with the absolute values of its entries, and v 
 
 - |T u| <= |T| |u| elementwise, and |(T u)_i| <= ‖row i of T‖₂·‖u‖₂;
 - ‖T‖₂ <= sqrt(max row sum of |T| · max column sum of |T|) (Schur's test), which is exact for
-  views, slices, means and pools without overlap; and ‖T‖₂ <= ‖T‖_F.
+  views, slices, means and pools without overlap.
 
 Each pass carries both an elementwise bound and one of the 2-norm, and keeps at every node what is
 smaller: a bound of the 2-norm bounds each element, and the elements' bounds give one of the 2-norm.
@@ -99,8 +99,7 @@ class LinearMap:
     def norm(self) -> float:
         """An upper bound of ‖T‖₂."""
         schur = math.sqrt(_largest(self.row_sums) * _largest(self.column_sums))
-        frobenius = float(self.row_norms.norm())
-        return _smallest(schur, frobenius, math.inf if self._norm is None else self._norm())
+        return _smallest(schur, math.inf if self._norm is None else self._norm())
 
     @property
     def _largest(self) -> float:
