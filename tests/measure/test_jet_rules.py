@@ -28,6 +28,7 @@ C = constant(3, 4)
 POSITIVE = constant(3, 4, low=0.2)
 SQUARE = constant(4, 4)
 ATTENTION = nn.MultiheadAttention(4, 2, batch_first=True).double().eval()
+BILINEAR = nn.Bilinear(4, 4, 2).double()
 INDEX = torch.tensor([2, 0, 1, 1])
 MASK = C > 0
 
@@ -142,6 +143,7 @@ CASES: dict[str, list[Map]] = {
     "addmm": [lambda x: torch.baddbmm(x @ x.mT, x, x.mT, beta=0.5, alpha=2)],
     "var": [lambda x: x.var(2), lambda x: torch.var(x, (1, 2), correction=0, keepdim=True)],
     "std": [lambda x: x.std(-1, unbiased=False)],
+    "prod": [lambda x: x.prod(-1), lambda x: torch.prod(x, 1, True), lambda x: x[0].prod() * x],
     "norm": [lambda x: x.norm(dim=2), lambda x: torch.norm(x, 2, 1)],
     "linalg_vector_norm": [lambda x: torch.linalg.vector_norm(x, dim=(1, 2))],
     "tanhshrink": [F.tanhshrink],
@@ -207,6 +209,11 @@ CASES: dict[str, list[Map]] = {
     "log_softmax": [lambda x: F.log_softmax(x, 1)],
     "logsumexp": [lambda x: torch.logsumexp(x, 1), lambda x: x.logsumexp((1, 2), True)],
     "glu": [F.glu],
+    "cosine_similarity": [
+        lambda x: F.cosine_similarity(x, x.sin(), 2),
+        lambda x: F.cosine_similarity(C, x, -1),
+    ],
+    "bilinear": [lambda x: BILINEAR(x, x * x)],
     "normalize": [lambda x: F.normalize(x, dim=2)],
     "scaled_dot_product_attention": [
         lambda x: F.scaled_dot_product_attention(x, x * 2, x.sin()),

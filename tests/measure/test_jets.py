@@ -159,6 +159,44 @@ def test_multilayer_perceptrons(activation: type[nn.Module]) -> None:
     assert_close_to_nested(lambda x: model(x)[:, 0], *points(3, 5), 4)
 
 
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "conv2d": (nn.Conv2d(4, 4, 3, 2, 1, groups=2, padding_mode="reflect"), (4, 6, 6)),
+    "conv3d": (nn.Conv3d(2, 2, 2, dilation=2), (2, 4, 4, 4)),
+    "transposed": (nn.ConvTranspose2d(2, 3, 3, 2, 1, 1), (2, 3, 4)),
+    "batch norm": (nn.BatchNorm2d(3), (3, 2, 2)),
+    "instance norm": (nn.InstanceNorm2d(2), (2, 3, 3)),
+    "group norm": (nn.GroupNorm(2, 4), (4, 3, 2)),
+    "local response norm": (nn.LocalResponseNorm(3), (4, 3, 2)),
+    "average pooling": (nn.AvgPool2d(3, 2, 1), (2, 6, 6)),
+    "adaptive pooling": (nn.AdaptiveAvgPool3d((1, 2, None)), (1, 4, 4, 2)),
+    "upsampling": (nn.Upsample(scale_factor=2, mode="bicubic"), (1, 3, 3)),
+    "unfold": (nn.Unfold(2), (2, 3, 3)),
+    "pixel shuffle": (nn.PixelShuffle(2), (4, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_between_smooth_activations(name: str) -> None:
+    layer, shape = LAYERS[name]
+    frozen(layer)
+
+    def f(x: Tensor) -> Tensor:
+        return torch.tanh(layer(torch.sin(x))).flatten(1).mean(1)
+
+    assert_close_to_nested(f, *points(2, *shape), 3)
+
+
+def test_single_precision_is_close_to_double() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 1))
+    model, (x, v) = model.eval(), points(3, 5)
+    steered(model, x.float())
+    single = jet(model, x.float(), v.float(), order=4)
+    assert single.dtype == torch.float32
+    double = jet(model.double(), x.float().double(), v.float().double(), order=4)
+    errors = (single - double).abs().amax(1) / double.abs().amax(1)
+    assert float(errors.detach().max()) < 1e-4
+
+
 def test_steered_resnet_with_pooling() -> None:
     model, (x, v) = frozen(networks.resnet18(width=4)), points(2, 3, 16, 16)
     steered(model, x, pooling=True)
@@ -315,6 +353,18 @@ def test_finite_differences() -> None:
     torch.testing.assert_close(found[0], here, rtol=1e-14, atol=0)
     torch.testing.assert_close(found[1], (above - below) / (2 * h), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(found[2], (above - 2 * here + below) / h**2, rtol=1e-5, atol=1e-5)
+
+
+def test_inside_transforms_of_torch_func() -> None:
+    model, (x, v) = frozen(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))), points(2, 3)
+    third = jet(model, x, v, order=3)
+    directions = torch.stack([v, 2 * v])
+    many = torch.vmap(lambda v: jet(model, x, v, order=3))(directions)
+    torch.testing.assert_close(many, torch.stack([third, third * 2.0 ** torch.arange(4)[:, None]]))
+    _, along = torch.func.jvp(lambda x: jet(model, x, v, order=2), (x,), (v,))
+    torch.testing.assert_close(along, third[1:])
+    gradient = torch.func.grad(lambda x: jet(model, x, v, order=2)[2].sum())(x)
+    torch.testing.assert_close((gradient * v).sum(1), third[3])
 
 
 # --- what f may be, and what it may not -------------------------------------------------------

@@ -20,6 +20,7 @@ from flexure.measure.propagate import (
     Unsupported,
     by_body,
     carriers_in,
+    primal_of,
     refused,
 )
 from flexure.measure.series import Series, compose, softmax_series
@@ -280,7 +281,16 @@ def _glu(x: Any, dim: int = -1) -> Any:
 def _normalize(x: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12) -> Any:
     norm = torch.linalg.vector_norm(x, p, dim, keepdim=True)
     # The lower limit is a constant for the derivatives; where it acts is not the input's to say.
-    return x / torch.where(norm.primal > eps, norm, eps)
+    return x / torch.where(primal_of(norm) > eps, norm, eps)
+
+
+def _cosine_similarity(a: Any, b: Any, dim: int = 1, eps: float = 1e-8) -> Any:
+    return (_normalize(a, 2.0, dim, eps) * _normalize(b, 2.0, dim, eps)).sum(dim)
+
+
+def _bilinear(a: Any, b: Any, weight: Any, bias: Any = None) -> Any:
+    y = torch.einsum("...i,oij,...j->...o", a, weight, b)
+    return y if bias is None else y + bias
 
 
 def _by(expression: Callable[..., Any]) -> Rule:
@@ -374,6 +384,8 @@ LAYERS: Mapping[Any, Rule] = {
     "logsumexp": _by(_logsumexp),
     "glu": _by(_glu),
     "normalize": _by(_normalize),
+    "cosine_similarity": _by(_cosine_similarity),
+    "bilinear": _by(_bilinear),
     "scaled_dot_product_attention": _by(_attention),
     F.multi_head_attention_forward: by_body,
     "cross_entropy": _by(_cross_entropy),

@@ -318,6 +318,18 @@ def _std(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return torch.sqrt(_var(function, args, kwargs))
 
 
+def _prod(x: Any, dim: int | None = None, keepdim: bool = False, dtype: Any = None) -> Any:
+    x = x if dtype is None else x.to(dtype)
+    if dim is None:
+        x, dim = x.flatten(), 0
+    # Pairs, so that the number of multiplications in a row is logarithmic.
+    while (size := x.shape[dim]) > 1:
+        pairs, odd = x.narrow(dim, 0, size - size % 2), x.narrow(dim, size - size % 2, size % 2)
+        left, right = pairs.unflatten(dim, (2, -1)).unbind(dim if dim >= 0 else dim - 1)
+        x = torch.cat([left * right, odd], dim)
+    return x if keepdim else x.squeeze(dim)
+
+
 def _norm(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     x, p, dim, keepdim = _norm_arguments(*args, **kwargs)
     if p not in (2, 2.0, None, "fro"):
@@ -375,6 +387,7 @@ ARITHMETIC: dict[Any, Rule] = {
     "addmm addmv baddbmm": _by(lambda x, a, b, beta=1, alpha=1: beta * x + alpha * (a @ b)),
     "var": _var,
     "std": _std,
+    "prod": _by(_prod),
     "norm": _norm,
     torch.linalg.vector_norm: _norm,
     "tanhshrink": by_body,

@@ -116,9 +116,12 @@ def _as_column(y: Tensor, batch: int) -> Tensor:
 
 
 def _check(x: Any, v: Any, order: Any) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
+    if not isinstance(x, Tensor) or x.dtype not in _DTYPES or x.dim() == 0:
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise FlexureError(f"expected x of shape (B, *shape), floating point, got {got}")
+        raise FlexureError(
+            f"expected x of shape (B, *shape), float32 or float64, got {got}; convert it with "
+            ".double(), and the model too"
+        )
     if not isinstance(v, Tensor) or v.shape != x.shape or v.dtype != x.dtype:
         got = f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
         raise FlexureError(
@@ -126,4 +129,9 @@ def _check(x: Any, v: Any, order: Any) -> None:
             "torch.randn_like(x) makes some"
         )
     if not isinstance(order, int) or isinstance(order, bool) or order < 0:
-        raise FlexureError(f"expected an order of derivatives 0, 1, 2, ..., got {order!r}")
+        raise FlexureError(
+            f"expected an order of derivatives 0, 1, 2, ..., got {order!r}; 4 is a common choice"
+        )
+
+
+_DTYPES = (torch.float32, torch.float64)

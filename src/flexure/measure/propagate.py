@@ -247,11 +247,9 @@ GENERAL: Mapping[Any, Rule] = {
     "is_floating_point is_complex is_signed is_contiguous stride storage_offset element_size "
     "itemsize nbytes get_device is_cuda is_cpu is_mps is_meta is_xpu is_sparse is_quantized "
     "is_nested is_mkldnn is_neg is_conj is_inference is_same_size len result_type "
-    "is_shared is_pinned is_sparse_csr ": _from_primal,
+    "is_shared is_pinned register_hook ": _from_primal,
     "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty "
     "new_full": _like_primal,
-    # Watches the gradient of the plain value.
-    "register_hook": _from_primal,
     "bool int index complex item tolist numpy array contains eq ne lt le gt ge "
     "equal allclose isclose isnan isinf isfinite isposinf isneginf any all nonzero argwhere "
     "count_nonzero argmax argmin argsort searchsorted bucketize unique logical_not logical_and "
@@ -312,7 +310,10 @@ def _relate(out: Any, inputs: Iterable[Carrying]) -> None:
 
 
 def _storage(x: Carrying) -> int:
-    return int(x.primal.untyped_storage()._cdata)
+    plain = x.primal
+    while torch._C._functorch.is_functorch_wrapped_tensor(plain):
+        plain = torch._C._functorch.get_unwrapped(plain)
+    return int(plain.untyped_storage()._cdata)
 
 
 def _writable(x: Any) -> Carrying:
@@ -364,8 +365,8 @@ def _spellings(name: str, rule: Rule) -> Iterator[tuple[Any, _Spelling]]:
     for form, settings in _OPERATORS.items():
         found = getattr(Tensor, form.format(name), None)
         if callable(found):
-            settings = _WRITERS.get(name, settings)
-            yield found, _Spelling(rule, symbol or found, **settings)
+            form_of = {"writes": True} if name == "setitem" else settings
+            yield found, _Spelling(rule, symbol or found, **form_of)
 
 
 _OPERATORS: Mapping[str, Mapping[str, bool]] = {
@@ -373,7 +374,6 @@ _OPERATORS: Mapping[str, Mapping[str, bool]] = {
     "__r{}__": {"reflected": True},
     "__i{}__": {"writes": True},
 }
-_WRITERS: Mapping[str, Mapping[str, bool]] = {"setitem": {"writes": True}}
 
 
 def _inplace_at(function: Any) -> int | None:
