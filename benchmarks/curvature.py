@@ -7,7 +7,9 @@ library at float64, run to a residual of 1e-8 (at most 200 products), on every i
 
 On the pretrained ResNet-20 and lossless CIFAR-10 test images where FLEXURE_DATA is set, otherwise
 on random weights and noise. As it is (ReLU), steered at beta .9 and .7, and with every ReLU
-replaced by a centered softplus (beta 5).
+replaced by a centered softplus (beta 5). "flexure" takes products by double backward,
+"forward-over-reverse" is the other mode of `flexure.curvature`; both include the check of second
+derivatives, whose share is told.
 
 Time is CPU time with one thread and wall time with several; the arms take turns in one process,
 and ratios are medians of the ratios within a round. Peak memory is what is held beyond the network
@@ -43,7 +45,8 @@ from flexure.models.resnet import CifarResNet
 
 TARGET = 2.5  # times as fast as the published estimator, on the ReLU network
 MIB = 2**20
-PUBLISHED, NORM, OURS, LIGHT = "published |uᵀHu|", "published ‖Hu‖", "flexure", "flexure, light"
+PUBLISHED, NORM = "published |uᵀHu|", "published ‖Hu‖"
+OURS, FORWARD = "flexure", "forward-over-reverse"
 
 
 class CenteredSoftplus(nn.Module):
@@ -87,7 +90,7 @@ ARMS: dict[str, Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]] = {
     PUBLISHED: partial(published, norm=False),
     NORM: partial(published, norm=True),
     OURS: ours,
-    LIGHT: partial(ours, products="forward-over-reverse"),
+    FORWARD: partial(ours, products="forward-over-reverse"),
 }
 
 
@@ -179,15 +182,15 @@ def tell(name: str, model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> None
     found = times(calls | {"check": partial(checking, model, x, y)}, rounds)
     print(f"\n{name}: {int(sure.sum())} of {len(x)} images with a converged reference")
     print(
-        f"{'':<18} {'s':>7} {'MiB':>7} {'‖H‖ median':>11} {'worst':>8} {'C median':>9} {'worst':>8}"
+        f"{'':<20} {'s':>7} {'MiB':>7} {'‖H‖ median':>11} {'worst':>8} {'C median':>9} {'worst':>8}"
     )
     for arm, call in calls.items():
         got = results[arm]
         hessian = errors(got["hessian_norm"][sure], true.hessian_norm[sure])
         c = errors(got["normalized"][sure], true.normalized[sure])
         seconds = statistics.median(found[arm])
-        print(f"{arm:<18} {seconds:7.3f} {peak_bytes(call) / MIB:7.1f}    {hessian}  {c}")
-    for arm in (OURS, LIGHT):
+        print(f"{arm:<20} {seconds:7.3f} {peak_bytes(call) / MIB:7.1f}    {hessian}  {c}")
+    for arm in (OURS, FORWARD):
         got = results[arm]
         print(
             f"{arm}: {got['products'].double().mean():.1f} products on average, "

@@ -227,7 +227,8 @@ class _Checks:
             product = hessian(v, torch.arange(len(x), device=x.device))
         except Exception as error:
             raise FlexureError(
-                f"expected a field with second derivatives, got {_told(error)}; {_REMEDY}"
+                f"expected a field with second derivatives ({self.products}), got {_told(error)}; "
+                f"{_REMEDY}; or compute products in another way ({', '.join(PRODUCTS)})"
             ) from error
         return hessian.values, hessian.gradient.flatten(1), product.detach().flatten(1)
 
@@ -242,8 +243,8 @@ class _Checks:
             raise FlexureError(
                 f"expected a field of any number of samples that can be computed in float64 with "
                 f"its model in float64 (the check of second derivatives needs both), got "
-                f"{_told(error)}; take sizes and dtypes from the input, and pass the model that "
-                f"the field uses"
+                f"{_told(error)}; take sizes and dtypes from the input, close over nothing "
+                f"that belongs to single samples, and pass the model that the field uses"
             ) from error
         if not isinstance(values, Tensor) or values.shape != x.shape[:1]:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
