@@ -20,6 +20,7 @@ from flexure.measure.checks import check_field
 from flexure.measure.chunks import chunk_within
 from flexure.measure.fields import Field, measuring, point_of, scalar_field
 from flexure.measure.products import PRODUCTS
+from flexure.measure.state import unchanged_randomness
 from flexure.memory import peak_bytes
 from flexure.per_sample import PerSample
 
@@ -142,9 +143,9 @@ def curvature(
             f"expected products to be one of {', '.join(PRODUCTS)} and chunk to be at least 1, got "
             f"{products!r} and {chunk}; choose one, or leave them out"
         )
-    with measuring(model):
-        run = _Run(model, x, y, field, tol, max_products, products)
-        batch = len(run.point)
+    run = _Run(model, x, y, field, tol, max_products, products)
+    batch = len(run.point)
+    with measuring(model), unchanged_randomness(run.point.device):
         if check:
             run.check(min(chunk or batch, CHECKED), memory)
         noise = _noise(run.point, generator)

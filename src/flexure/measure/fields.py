@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexure.calling import call_model, evaluating, logits_of, map_tensors
+from flexure.calling import call_model, copied, evaluating, logits_of, map_tensors
 from flexure.contracts import FlexureError
 from flexure.measure.state import twice_differentiable, unchanged_randomness
 
@@ -125,9 +125,8 @@ def scalar_field(
     Raises:
         FlexureError: no field can be made of these; the message says what to do.
     """
-    given = point_of(x)
-    point = given.clone() if given.is_inference() else given.detach()
-    x = map_tensors(x, lambda leaf: point if leaf is given else leaf)
+    x = map_tensors(x, _plain)
+    point = point_of(x)
     if field is not None:
         return Field(point, False, None, lambda example, _: field(point_of(example)), x)
     if y is not None and len(y) != len(point):
@@ -135,14 +134,14 @@ def scalar_field(
             f"expected one target for each of {len(point)} samples, got {len(y)}; give y of the "
             f"same batch"
         )
-    target = None if y is None else y.detach().to(point.device)
+    target = None if y is None else _plain(y).to(point.device)
 
     def outputs(example: Any) -> Tensor:
         return logits_of(call_model(model, example))  # type: ignore[arg-type]
 
     if target is None:
         with torch.no_grad():
-            z = outputs(x)
+            z = outputs(copied(x))  # models may overwrite their input
         if z.dim() == 1 or z.shape[1:] == (1,):
             return Field(point, False, None, lambda example, _: outputs(example).flatten(), x)
         target = _checked(z, None).argmax(1)
@@ -161,7 +160,7 @@ def measuring(model: Any) -> Iterator[None]:
 
     Eval mode, parameters without gradients (the input's are what is asked for), autocast off,
     grad mode on, and scaled-dot-product attention by its MATH backend, the only one that can be
-    differentiated twice.
+    differentiated twice. What models draw from global random generators is put back.
 
     Args:
         model: a module, or anything else, which is left alone.
@@ -220,6 +219,11 @@ def point_of(x: Any) -> Tensor:
             f"{tuple(point.shape)}; give one row for each sample"
         )
     return point
+
+
+def _plain(leaf: Tensor) -> Tensor:
+    """Without a graph, and fit for one."""
+    return leaf.clone() if leaf.is_inference() else leaf.detach()
 
 
 def _error(outputs: Tensor, y: Tensor) -> Tensor:
