@@ -43,7 +43,7 @@ from flexure.memory import peak_bytes
 from flexure.models.preprocess import CIFAR
 from flexure.models.resnet import CifarResNet
 
-TARGET = 2.5  # times as fast as the published estimator, on the ReLU network
+TARGET = 2.5  # times as fast as the published estimator, on the ReLU network and 64 images
 MIB = 2**20
 PUBLISHED, NORM = "published |uᵀHu|", "published ‖Hu‖"
 OURS, FORWARD = "flexure", "forward-over-reverse"
@@ -199,7 +199,9 @@ def tell(name: str, model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> None
     ratio = statistics.median(a / b for a, b in zip(found[PUBLISHED], found[OURS], strict=True))
     share = statistics.median(a / b for a, b in zip(found["check"], found[OURS], strict=True))
     verdict = (
-        f", target {TARGET}: {'met' if ratio >= TARGET else 'MISSED'}" if name == "ReLU" else ""
+        f", target {TARGET}: {'met' if ratio >= TARGET else 'MISSED'}"
+        if name == "ReLU" and len(x) == 64
+        else ""
     )
     print(f"published / flexure: {ratio:.2f} times{verdict}; the check's share: {share:.1%}")
 
