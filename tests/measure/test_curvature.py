@@ -301,7 +301,8 @@ def test_relu_resnet_in_float32(pretrained: tuple[nn.Module, Tensor, Tensor]) ->
         rest[label] = -(p[i].sum() - p[i, label])
         g.append((jacobians[i].T @ rest).norm())
         core = torch.diag(p[i]) - torch.outer(p[i], p[i])
-        h.append(torch.linalg.matrix_norm(jacobians[i].T @ core @ jacobians[i], 2))
+        # Jᵀ core J has the nonzero eigenvalues of core J Jᵀ.
+        h.append(torch.linalg.eigvals(core @ (jacobians[i] @ jacobians[i].T)).abs().max())
     # The plain formula in float64 is exact to 1e-3 where p is not within 1e-12 of 0 and 1.
     plain = (found.probability > 1e-12) & (found.probability < 1 - 1e-6)
     assert plain.sum() >= 12
@@ -324,7 +325,7 @@ def test_smooth_resnet_is_never_believed_when_wrong(
 ) -> None:
     model, x, y = copy.deepcopy(pretrained[0]), *pretrained[1:]
     flexure.steer(model, beta=0.9, example=x[:1])
-    x, y = x[:8], y[:8]
+    x, y = x[:6], y[:6]
     found = curvature(model, x, y, tol=1e-3, max_products=40)
     true = curvature(model.double(), x.double(), y, tol=1e-7, max_products=100, check=False)
     assert true.converged.all()
