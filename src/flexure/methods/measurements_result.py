@@ -61,9 +61,9 @@ class ModelMeasurements:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in JSON terms, every sample's values included."""
-        own = {name: to_json(getattr(self, name)) for name in self.__dataclass_fields__}
+        own: dict[str, Any] = {k: to_json(getattr(self, k)) for k in self.__dataclass_fields__}
         if self.bound is not None:
-            own["bound"] |= {"cross_entropy": to_json(self.bound.cross_entropy)}
+            own["bound"]["cross_entropy"] = to_json(self.bound.cross_entropy)
         return own
 
     @property
