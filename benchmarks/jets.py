@@ -3,8 +3,8 @@
 Convolutional networks and perceptrons with smooth activations; ReLU networks steered at beta .8.
 CPU time with one thread; the arms take turns in one process, and ratios are medians of the ratios
 within a round. Nested forward mode (`torch.func.jvp` in itself) runs once, where asked for: its
-cost grows with every order by a factor. The pretrained ResNet-20 where FLEXURE_DATA is set, otherwise
-random weights: what is timed does not depend on them.
+cost grows by a factor with every order. The pretrained ResNet-20 where FLEXURE_DATA is set,
+otherwise random weights: what is timed does not depend on them.
 
     FLEXURE_DATA=... python benchmarks/jets.py
     python benchmarks/jets.py --small --rounds 2   # perceptrons only

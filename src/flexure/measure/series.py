@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from flexure.units.taylor import sigmoid_coefficients
+from flexure.units.taylor import accumulate, sigmoid_coefficients
 
 __all__ = [
     "FUNCTIONS",
@@ -141,7 +141,7 @@ def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def _add_product(total: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return total
-    return a * b if total is None else torch.addcmul(total, a, b)
+    return a * b if total is None else accumulate(total, a, b)
 
 
 def _square(a: Series) -> Series:

@@ -15,11 +15,23 @@ from flexure.units import functional, plain
 from flexure.units.plain import Dial
 
 __all__ = [
+    "accumulate",
     "centered_softplus_coefficients",
     "ctu_coefficients",
     "sigmoid_coefficients",
     "sigmoid_derivatives",
 ]
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor, value: float = 1.0) -> Tensor:
+    """`total + value·a·b`, written into `total` where that is possible.
+
+    New memory is what elementwise passes over large tensors cost most. Autograd keeps a and b and
+    not `total`, which must be nobody else's; `torch.vmap` may need a larger result than `total`.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return torch.addcmul(total, a, b, value=value)
+    return total.addcmul_(a, b, value=value)
 
 
 def sigmoid_derivatives(u: Tensor, order: int) -> list[Tensor]:
@@ -31,14 +43,14 @@ def sigmoid_derivatives(u: Tensor, order: int) -> list[Tensor]:
     s = [torch.ops.aten.sigmoid(u)]
     if order == 0:
         return s
-    rest = torch.ops.aten.sigmoid(-u)
+    rest = torch.ops.aten.sigmoid_(-u)
     s.append(s[0] * rest)
     bend = rest - s[0]
     for k in range(1, order):
         total = bend * s[k]
         for i in range(1, k // 2 + 1):
             twice = 1.0 if 2 * i == k else 2.0
-            total = torch.addcmul(total, s[i], s[k - i], value=-twice * math.comb(k, i))
+            total = accumulate(total, s[i], s[k - i], -twice * math.comb(k, i))
         s.append(total)
     return s
 
@@ -63,15 +75,20 @@ def ctu_coefficients(x: Tensor, beta: Dial, c: Dial, order: int) -> list[Tensor]
     gated, soft = sigmoid_derivatives(u, order), sigmoid_derivatives(wide * gamma, order - 1)
     for k in range(1, order + 1):
         by_u = torch.addcmul(gated[k - 1], u, gated[k], value=1.0 / k)
-        first = by_u * (c * eta ** (k - 1) / math.factorial(k - 1))
+        first = c * eta ** (k - 1) / math.factorial(k - 1)
         second = (1.0 - c) * gamma ** (k - 1) / math.factorial(k)
-        mixed = (
-            torch.addcmul(first, soft[k - 1], second)
-            if isinstance(second, Tensor)
-            else torch.add(first, soft[k - 1], alpha=second)
-        )
-        found.append(mixed.to(x.dtype))
+        found.append(_mixed(by_u, first, soft[k - 1], second).to(x.dtype))
     return found
+
+
+def _mixed(a: Tensor, first: Dial, b: Tensor, second: Dial) -> Tensor:
+    """`a·first + b·second`, written into `a` if both are numbers."""
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return a * first + b * second
+    a = a.mul_(first)
+    if torch._C._are_functorch_transforms_active():
+        return torch.add(a, b, alpha=second)
+    return a.add_(b, alpha=second)
 
 
 def _rates(x: Tensor, beta: Dial, c: Dial) -> tuple[Tensor, Dial, Dial, Dial]:
