@@ -295,6 +295,28 @@ def test_units_in_parallel_are_exact() -> None:
     assert hessian_bound(model, (3,)).vector == pytest.approx(2 * 4 / (3 * math.sqrt(3)), rel=1e-4)
 
 
+def test_a_gradient_of_one_sign_is_bounded_exactly() -> None:
+    # All slopes are 1 at 0, and no weight cancels another: only the backward pass sees it.
+    model = mlp(nn.Tanh, 3, 5, 1).double()
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.abs_()
+            layer.bias.zero_()
+    attained = norm(logit_jacobian(model, torch.zeros(3).double()))
+    assert hessian_bound(model, (3,)).lipschitz == pytest.approx(attained, rel=1e-9)
+
+
+def test_combinations_of_logits_that_share_no_unit_are_bounded_exactly() -> None:
+    model = mlp(nn.Tanh, 1, 2, 2).double()
+    with torch.no_grad():
+        model[0].weight.fill_(1.5)
+        model[2].weight.copy_(torch.eye(2))
+    peak = 4 / (3 * math.sqrt(3))
+    bound = hessian_bound(model, (1,))
+    assert bound.logits.tolist() == pytest.approx([1.5**2 * peak] * 2)
+    assert bound.vector == pytest.approx(math.sqrt(2) * 1.5**2 * peak)
+
+
 @pytest.mark.parametrize("height", [1.0, 0.2, -3.0])
 def test_two_layers_add_up(height: float) -> None:
     # f = c·φ(b·φ(a x)): c·peak·(b·slope·a)² from the outer unit, c·slope·b·peak·a² from the inner.
@@ -598,6 +620,7 @@ def test_looseness_and_normalized() -> None:
     assert bound.looseness(measured) == pytest.approx(bound.cross_entropy / largest)
     assert bound.looseness(2.0) == pytest.approx(bound.cross_entropy / 2)
     assert bound.looseness(measured) >= 1
+    assert bound.looseness(torch.tensor([2.0, math.nan])) == pytest.approx(bound.cross_entropy / 2)
     assert bound.normalized(0.5) == pytest.approx(2 * bound.cross_entropy)
     for wrong in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(flexure.FlexureError, match="positive"):

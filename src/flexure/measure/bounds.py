@@ -203,7 +203,7 @@ def _bounded(output: Signal) -> HessianBound:
     rows = tuple(_contributions(graph, bent, each, reach, up))
     vector = sum((row.bound for row in rows), start=0.0)
     return HessianBound(
-        logits=each.sum(0).clamp(max=vector),
+        logits=each.sum(0),
         vector=vector,
         lipschitz=up * min(reach[output.index].norm, float(to_input)),
         contributions=rows,
