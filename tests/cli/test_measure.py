@@ -34,6 +34,12 @@ def small():
 def smooth():
     return made(nn.Tanh())
 
+def halved():
+    return made(nn.Tanh()), half
+
+def half(item):
+    return item / 2
+
 def few():
     return made(nn.ReLU(), classes=3)
 
@@ -133,6 +139,14 @@ def test_two_models_side_by_side(model: str, tmp_path: Path, capsys) -> None:
     numbers = json.loads((tmp_path / "a" / "results.json").read_text())["numbers"]
     assert set(numbers["models"][0]["summaries"]) == {"curvature", "calibration"}
     assert {d["measure"] for d in numbers["differences"]} == {"curvature", "calibration"}
+
+
+def test_another_preprocessing_is_told(model: str, tmp_path: Path, capsys) -> None:
+    other = model.replace("small", "halved")
+    arguments = [model, "--against", other, *FAST, "--measures", "calibration"]
+    code, _, err = measure(*arguments, "--out", str(tmp_path / "a"), capsys=capsys)
+    assert code == 0
+    assert f"flexure: warning: {other} has another preprocessing" in err
 
 
 def test_an_adapter_is_measured_in_place(model: str, tmp_path: Path, capsys) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,7 +55,10 @@ def measure(
         ),
     ],
     against: Annotated[
-        str | None, typer.Option(help="Address of another model, measured on the same samples.")
+        str | None,
+        typer.Option(
+            help="Address of another model of the same inputs, measured on the same samples."
+        ),
     ] = None,
     steer: Annotated[
         str | None,
@@ -133,13 +139,8 @@ def measure(
         loaded = load(model, device)
         other = None if against is None else load(against, device)
         chosen, split = _drawn(load_data(data), split, samples, seed)
-        given = batches(
-            chosen,
-            preprocess=loaded.preprocess,
-            batch_size=batch_size,
-            device=device,
-            cache=True,
-        )
+        prepare = partial(batches, preprocess=loaded.preprocess, device=device, cache=True)
+        given = prepare(chosen, batch_size=batch_size)
         pair = _pair(loaded, other, dials, adapter, given)
         found = measure_model(
             pair.model,
@@ -156,8 +157,7 @@ def measure(
         "preprocess": repr(loaded.preprocess), "batch_size": batch_size, "device": device,
     }  # fmt: skip
     payload = record(config=config, seed=seed, numbers=found.to_dict())
-    write_json(out / "results.json", payload)
-    _write_page(out / "report.html", found, payload)
+    _write(out, found, payload)
     discard(store)
     if as_json:
         print_json(payload)
@@ -188,6 +188,12 @@ def _pair(
     """
     if dials is not None and adapter is not None:
         raise FlexureError("expected --steer or --adapter, got both; choose one")
+    if other is not None and _described(loaded) != _described(other):
+        warnings.warn(
+            f"{other.address} has another preprocessing than {loaded.address}; both are given what "
+            f"{loaded.address} takes",
+            stacklevel=2,
+        )
     model, name = loaded.model, "model"
     second = None if other is None else other.model
     second_name = "against"
@@ -202,6 +208,11 @@ def _pair(
         load_adapter(model, adapter)
         name = "adapted"
     return _Pair(model, second, (name, second_name))
+
+
+def _described(loaded: LoadedModel) -> str:
+    """The preprocessing in words, without addresses in memory."""
+    return re.sub(r"0x[0-9a-f]+", "", repr(loaded.preprocess))
 
 
 def _drawn(
@@ -248,12 +259,13 @@ def _bytes(text: str) -> int:
     raise FlexureError(f"expected --memory like 2GiB or 500MiB, got {text!r}")
 
 
-def _write_page(path: Path, found: Measurements, payload: dict[str, Any]) -> None:
+def _write(out: Path, found: Measurements, payload: dict[str, Any]) -> None:
     from flexure.report import run_table
     from flexure.report.measure import measure_page
 
+    write_json(out / "results.json", payload)
     title = f"{payload['config']['model']} measured on {payload['config']['data']}"
-    measure_page(path, found, title=title, run=run_table(payload))
+    measure_page(out / "report.html", found, title=title, run=run_table(payload))
 
 
 def _print(found: Measurements, out: Path) -> None:
