@@ -13,9 +13,9 @@ from typing import Any
 from flexure.report.canvas import (
     DASHES,
     MARKERS,
-    PANEL,
     REFERENCE,
     SERIES,
+    WIDE,
     canvas,
     draw_legend,
     finished,
@@ -136,7 +136,7 @@ def ratio_picture(found: dict[int, list[dict[str, Any]]], name: str, path: Path)
         depth: [(beta(n), one(n["differences"], name, "median")) for n in networks[1:]]
         for depth, networks in found.items()
     }
-    draw(lines, f"{NORMS[name]}, times that of the plain network", path, level=1.0)
+    draw(lines, f"{NORMS[name]} / plain", path, level=1.0)
 
 
 def rate_picture(found: dict[int, list[dict[str, Any]]], path: Path) -> None:
@@ -156,7 +156,7 @@ def draw(
     level: float | None,
 ) -> None:
     """Lines over beta with 95 % intervals, in the style of the reports."""
-    figure, axes = canvas(PANEL)
+    figure, axes = canvas(WIDE)
     told = []
     for k, (depth, points) in enumerate(lines.items()):
         there = sorted(((x, v) for x, v in points if v is not None), key=lambda point: point[0])
