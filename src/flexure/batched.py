@@ -225,7 +225,7 @@ class _Krylov:
         for _ in range(2):
             part = (self.vectors @ rest.unsqueeze(2)).squeeze(2)
             rest = rest - (part.unsqueeze(1) @ self.vectors).squeeze(1)
-            column += part.double().cpu()
+            column += part.cpu().double()
         length = norms(rest)
         self.matrix = torch.nn.functional.pad(self.matrix, (0, 1, 0, 1))
         self.matrix[:, :, done] = column
@@ -234,7 +234,7 @@ class _Krylov:
         self.matrix[~self.finite] = 0.0
         unit = rest / torch.where(length > 0, length, 1.0)[:, None]
         self.vectors = torch.cat([self.vectors, unit.unsqueeze(1)], 1)
-        self.next = length.double().cpu()
+        self.next = length.cpu().double()
         scale = self.matrix.abs().amax((1, 2))
         self.spans = (self.next <= self._rounding * scale) | (done + 1 == image.shape[1])
         self.next[self.spans | ~self.finite] = 0.0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import flexure
 from flexure.contracts import FlexureError
 from flexure.measure.curvature import Curvature, curvature
+from flexure.measure.fields import measuring
 from flexure.measure.products import PRODUCTS
 from flexure.memory import peak_bytes
 from flexure.models.preprocess import CIFAR
@@ -333,3 +334,44 @@ def test_smooth_resnet_is_never_believed_when_wrong(
     few = curvature(model, x.double(), y, max_products=5, check=False)
     off = (few.hessian_norm - true.hessian_norm).abs() > 0.02 * true.hessian_norm
     assert not (off & few.converged).any()
+
+
+def test_a_sample_that_is_not_finite_does_not_touch_the_others() -> None:
+    model, x = convnet().double(), torch.randn(3, 2, 6, 6, dtype=DOUBLE)
+    y = torch.tensor([0, 1, 2])
+    expected = curvature(model, x, y)
+    x[1, 0, 0, 0] = torch.nan
+    found = curvature(model, x, y, check=False)
+    assert found.converged.tolist() == [True, False, True]
+    assert found.normalized[1].isnan()
+    torch.testing.assert_close(found.normalized[::2], expected.normalized[::2])
+
+
+def test_attention_and_embedded_tokens() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, 0.1, "gelu", batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+            hidden = self.layer(inputs_embeds, src_key_padding_mask=attention_mask == 0)
+            return self.head(hidden[:, 0])
+
+    model = Encoder().double().train()
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    x = {"inputs_embeds": torch.randn(3, 4, 8, dtype=DOUBLE), "attention_mask": mask}
+    y = torch.tensor([0, 1, 2])
+    with untouched(model, *x.values()):
+        found = curvature(model, x, y, chunk=2, **TIGHT)
+    model.eval()
+    with measuring(model):
+        true = [
+            dense(
+                lambda s, i=i: F.cross_entropy(model(s[None], mask[i : i + 1]), y[i : i + 1]),
+                x["inputs_embeds"][i : i + 1],
+            )
+            for i in range(3)
+        ]
+    gradient, hessian = (torch.cat(each) for each in zip(*true, strict=True))
+    agrees(found, gradient, hessian, rel=1e-9)

@@ -91,8 +91,8 @@ def curvature(
     The spectral norm is found by the Lanczos method, all samples at once, started at ∇m/‖∇m‖ plus
     0.1 of a random unit vector, and reported as ‖Hu‖, which never exceeds it. A sample has
     converged when ‖Hu − θu‖ <= tol·|θ| and nothing more than 2·tol larger can hide from the random
-    part of its start, save with a probability of 0.1 % at most (see `batched.lanczos`). Samples that
-    have converged take no more products.
+    part of its start: for a given operator, that is wrong in one of a thousand starts at most (see
+    `batched.lanczos`). Samples that have converged take no more products.
 
     The model is evaluated in eval mode, without autocast, and left as it was.
 
