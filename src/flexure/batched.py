@@ -93,8 +93,8 @@ def lanczos(
         start: (B, *shape), nonzero, floating point; need not be normalised.
         tol: the relative residual asked for.
         max_products: at most so many products a sample.
-        random_share: norm of the uniformly random part of `start` divided by that of the rest; 0
-            waives the second condition.
+        random_share: norm of the uniformly random part of `start` divided by that of the rest
+            (default: SPEC.md, section 2); 0 waives the second condition.
         doubt: probability, at most, that the random part is too small along a given vector for the
             second condition to mean what it says.
 
@@ -211,7 +211,8 @@ class _Krylov:
         self.next = torch.ones(len(start), dtype=torch.float64)
         self.spans = torch.zeros(len(start), dtype=torch.bool)
         self.finite = torch.ones(len(start), dtype=torch.bool)
-        self._rounding = torch.finfo(start.dtype).eps * math.sqrt(start.shape[1])
+        # What is left of a vector within the space by rounding alone, after two projections.
+        self._rounding = 4 * torch.finfo(start.dtype).eps
 
     @property
     def length(self) -> int:
