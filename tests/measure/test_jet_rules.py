@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from flexure import units
 from flexure.measure.jet_layers import LAYERS, UNITS
+from flexure.measure.jet_reductions import REDUCTIONS
 from flexure.measure.jet_rules import ARITHMETIC
 from tests.reference.jets import assert_close_to_nested
 
@@ -250,7 +251,7 @@ CASES: dict[str, list[Map]] = {
 
 
 def rows() -> list[str]:
-    keys = [*ARITHMETIC, *LAYERS, *UNITS]
+    keys = [*ARITHMETIC, *REDUCTIONS, *LAYERS, *UNITS]
     return [key.split()[0] if isinstance(key, str) else key.__name__ for key in keys]
 
 

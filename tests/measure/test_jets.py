@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import flexure
 from flexure import FlexureError, jet, units
+from flexure.measure import series
 from flexure.measure.jet_layers import KINKS
 from tests import networks
 from tests.reference.jets import Formulas, assert_close_to_nested, nested_forward_mode
@@ -184,6 +185,23 @@ def test_layers_between_smooth_activations(name: str) -> None:
         return torch.tanh(layer(torch.sin(x))).flatten(1).mean(1)
 
     assert_close_to_nested(f, *points(2, *shape), 3)
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = frozen(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.GELU()))
+    model.append(nn.Linear(2, 2).double())
+    x, v = points(5, 3, 7, 6)
+    flexure.adapt(model, flexure.TrainableCT(), example=x)
+
+    def f(x: Tensor) -> Tensor:
+        return units.ctu(model(x), 0.6).flatten(1).sum(1)
+
+    with torch.no_grad():
+        whole = jet(f, x, v, order=3)
+        for size in (1, 100, 300):
+            monkeypatch.setattr(series, "BLOCK", size)
+            torch.testing.assert_close(jet(f, x, v, order=3), whole, rtol=1e-13, atol=0)
+    torch.testing.assert_close(jet(f, x, v, order=3).detach(), whole, rtol=1e-13, atol=0)
 
 
 def test_single_precision_is_close_to_double() -> None:

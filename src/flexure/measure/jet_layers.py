@@ -1,4 +1,4 @@
-"""The catalogue of jets, second part: layers, attention, losses, units, and what has kinks.
+"""The catalogue of jets, third part: layers, attention, losses, units, and what has kinks.
 
 Arithmetic and shapes are in `jet_rules.py`, the arithmetic of series in `series.py`.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flexure.measure.jet_rules import carry, linear, multilinear, series_of
+from flexure.measure.jet_rules import by_expression, carry, linear, multilinear, series_of
 from flexure.measure.propagate import (
     Carrying,
     Rule,
@@ -23,7 +23,7 @@ from flexure.measure.propagate import (
     primal_of,
     refused,
 )
-from flexure.measure.series import Series, compose, softmax_series
+from flexure.measure.series import Series, by_rows, compose, softmax_series
 from flexure.units.taylor import centered_softplus_coefficients, ctu_coefficients
 
 __all__ = ["KINKS", "LAYERS", "UNITS"]
@@ -293,23 +293,23 @@ def _bilinear(a: Any, b: Any, weight: Any, bias: Any = None) -> Any:
     return y if bias is None else y + bias
 
 
-def _by(expression: Callable[..., Any]) -> Rule:
-    """A rule written with operations that have one."""
-    return lambda function, args, kwargs: expression(*args, **kwargs)
-
-
 def _ctu(x: Carrying, beta: Any, c: Any) -> Carrying:
     _constant_dials(beta, c)
     _smooth(beta, 1.0, "beta = 1, where the unit is a rectifier")
-    g = ctu_coefficients(x.primal, beta, c, len(x.carried))
-    return carry(x, compose(g, series_of(x, x)))
+    return _through(ctu_coefficients, x, beta, c)
 
 
 def _centered_softplus(x: Carrying, beta: Any) -> Carrying:
     _constant_dials(beta)
     _smooth(beta, math.inf, "beta = inf, where the unit is a rectifier")
-    g = centered_softplus_coefficients(x.primal, beta, len(x.carried))
-    return carry(x, compose(g, series_of(x, x)))
+    return _through(centered_softplus_coefficients, x, beta)
+
+
+def _through(coefficients: Any, x: Carrying, *dials: Any) -> Carrying:
+    def applied(block: Series) -> Series:
+        return compose(coefficients(block[0], *dials, len(block) - 1), block)
+
+    return carry(x, by_rows(applied, series_of(x, x), *dials))
 
 
 def _soft_maximum(pieces: Carrying, beta: Any, c: Any) -> Any:
@@ -372,25 +372,25 @@ LAYERS: Mapping[Any, Rule] = {
     F.instance_norm: by_body,
     torch.batch_norm: _batch_norm,
     torch.instance_norm: _instance_norm,
-    "layer_norm": _by(_layer_norm),
-    "group_norm": _by(_group_norm),
-    "rms_norm": _by(_rms_norm),
+    "layer_norm": by_expression(_layer_norm),
+    "group_norm": by_expression(_group_norm),
+    "rms_norm": by_expression(_rms_norm),
     "local_response_norm": by_body,
     "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
     "interpolate upsample grid_sample fold nll_loss": linear,
     "softmax": _softmax,
     "softmin": by_body,
     "log_softmax": _log_softmax,
-    "logsumexp": _by(_logsumexp),
-    "glu": _by(_glu),
-    "normalize": _by(_normalize),
-    "cosine_similarity": _by(_cosine_similarity),
-    "bilinear": _by(_bilinear),
-    "scaled_dot_product_attention": _by(_attention),
+    "logsumexp": by_expression(_logsumexp),
+    "glu": by_expression(_glu),
+    "normalize": by_expression(_normalize),
+    "cosine_similarity": by_expression(_cosine_similarity),
+    "bilinear": by_expression(_bilinear),
+    "scaled_dot_product_attention": by_expression(_attention),
     F.multi_head_attention_forward: by_body,
-    "cross_entropy": _by(_cross_entropy),
-    "mse_loss": _by(_mse),
-    "binary_cross_entropy_with_logits": _by(_bce_with_logits),
+    "cross_entropy": by_expression(_cross_entropy),
+    "mse_loss": by_expression(_mse),
+    "binary_cross_entropy_with_logits": by_expression(_bce_with_logits),
     "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout": (
         _dropout
     ),

@@ -1,12 +1,12 @@
-"""The catalogue of jets, first part: arithmetic, functions, shapes, reductions.
+"""The catalogue of jets, first part: arithmetic, functions, shapes, linear reductions.
 
 A row gives the rule by which operations of torch pass on the coefficients of a Taylor polynomial.
-Layers and losses are in `jet_layers.py`, the arithmetic of series in `series.py`.
+Reductions that are not linear are in `jet_reductions.py`, layers and losses in `jet_layers.py`, the
+arithmetic of series in `series.py`.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,6 +26,7 @@ from flexure.measure.propagate import (
 from flexure.measure.series import (
     FUNCTIONS,
     Series,
+    by_rows,
     compose,
     exponential,
     power,
@@ -33,7 +34,15 @@ from flexure.measure.series import (
     quotient,
 )
 
-__all__ = ["ARITHMETIC", "carry", "elementwise", "linear", "multilinear", "series_of"]
+__all__ = [
+    "ARITHMETIC",
+    "by_expression",
+    "carry",
+    "elementwise",
+    "linear",
+    "multilinear",
+    "series_of",
+]
 
 
 def series_of(x: Any, like: Carrying) -> Series:
@@ -171,8 +180,11 @@ def elementwise(coefficients: Callable[..., Any]) -> Rule:
     def rule(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         x = args[0]
         _only([x], args, kwargs)
-        g = coefficients(x.primal, len(x.carried), *args[1:], **kwargs)
-        return carry(x, compose(g, series_of(x, x)))
+
+        def applied(block: Series) -> Series:
+            return compose(coefficients(block[0], len(block) - 1, *args[1:], **kwargs), block)
+
+        return carry(x, by_rows(applied, series_of(x, x)))
 
     return rule
 
@@ -290,61 +302,7 @@ def _einsum(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     return multilinear(*places)(torch.einsum, (equation, *operands), {})
 
 
-def _variance(x: Any, dim: Any = None, correction: Any = 1, keepdim: bool = False) -> Any:
-    dims = tuple(range(x.dim())) if dim is None else dim
-    centered = x - x.mean(dims, keepdim=True)
-    axes = (dims,) if isinstance(dims, int) else dims
-    count = math.prod(x.shape[d] for d in axes)
-    return (centered * centered).sum(dims, keepdim=keepdim) / (count - correction)
-
-
-def _var(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    named = dict(kwargs)
-    if "unbiased" in named:
-        named["correction"] = int(named.pop("unbiased"))
-    x, *rest = args
-    if rest and isinstance(rest[0], bool):
-        named["correction"] = int(rest.pop(0))
-    if rest:
-        named["dim"] = rest.pop(0)
-    if rest:
-        named["correction"] = int(rest.pop(0))
-    if rest:
-        named["keepdim"] = rest.pop(0)
-    return _variance(x, **named)
-
-
-def _std(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return torch.sqrt(_var(function, args, kwargs))
-
-
-def _prod(x: Any, dim: int | None = None, keepdim: bool = False, dtype: Any = None) -> Any:
-    x = x if dtype is None else x.to(dtype)
-    if dim is None:
-        x, dim = x.flatten(), 0
-    # Pairs, so that the number of multiplications in a row is logarithmic.
-    while (size := x.shape[dim]) > 1:
-        pairs, odd = x.narrow(dim, 0, size - size % 2), x.narrow(dim, size - size % 2, size % 2)
-        left, right = pairs.unflatten(dim, (2, -1)).unbind(dim if dim >= 0 else dim - 1)
-        x = torch.cat([left * right, odd], dim)
-    return x if keepdim else x.squeeze(dim)
-
-
-def _norm(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    x, p, dim, keepdim = _norm_arguments(*args, **kwargs)
-    if p not in (2, 2.0, None, "fro"):
-        raise Unsupported("it has a kink unless p = 2; use the 2-norm")
-    dims = tuple(range(x.dim())) if dim is None else dim
-    return torch.sqrt((x * x).sum(dims, keepdim=keepdim))
-
-
-def _norm_arguments(
-    x: Any, p: Any = None, dim: Any = None, keepdim: bool = False, **named: Any
-) -> tuple[Any, Any, Any, bool]:
-    return x, named.pop("ord", p), dim, keepdim
-
-
-def _by(expression: Callable[..., Any]) -> Rule:
+def by_expression(expression: Callable[..., Any]) -> Rule:
     """A rule written with operations that have one."""
     return lambda function, args, kwargs: expression(*args, **kwargs)
 
@@ -381,15 +339,12 @@ ARITHMETIC: dict[Any, Rule] = {
     "masked_scatter index_put": jointly(0, 2, "source", "values"),
     "matmul mm bmm mv dot vdot inner outer kron": multilinear(0, 1, "other", "mat2", "vec", "vec2"),
     "einsum": _einsum,
-    "lerp": _by(lambda a, end, weight: a + weight * (end - a)),
-    "addcmul": _by(lambda x, a, b, value=1: x + value * (a * b)),
-    "addcdiv": _by(lambda x, a, b, value=1: x + value * (a / b)),
-    "addmm addmv baddbmm": _by(lambda x, a, b, beta=1, alpha=1: beta * x + alpha * (a @ b)),
-    "var": _var,
-    "std": _std,
-    "prod": _by(_prod),
-    "norm": _norm,
-    torch.linalg.vector_norm: _norm,
+    "lerp": by_expression(lambda a, end, weight: a + weight * (end - a)),
+    "addcmul": by_expression(lambda x, a, b, value=1: x + value * (a * b)),
+    "addcdiv": by_expression(lambda x, a, b, value=1: x + value * (a / b)),
+    "addmm addmv baddbmm": by_expression(
+        lambda x, a, b, beta=1, alpha=1: beta * x + alpha * (a @ b)
+    ),
     "tanhshrink": by_body,
     **{names: elementwise(coefficients) for names, coefficients in FUNCTIONS.items()},
 }

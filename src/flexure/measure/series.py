@@ -19,6 +19,7 @@ __all__ = [
     "FUNCTIONS",
     "Coefficients",
     "Series",
+    "by_rows",
     "compose",
     "cross",
     "exponential",
@@ -81,6 +82,37 @@ def compose(g: Coefficients, x: Series) -> Series:
             y[k] = _add_product(y[k], g[m], power_m[k])
     y[0] = g[0]
     return tuple(y)
+
+
+def by_rows(function: Callable[[Series], Series], x: Series, *others: Any) -> Series:
+    """`function(x)`, elementwise along dimension 0, in blocks of rows that fit a cache.
+
+    All at once where autograd keeps everything anyway, and where a block needs other arguments (the
+    dials of a unit) that vary along that dimension.
+    """
+    first = _first(x)
+    tensors = [t for t in (*x, *others) if isinstance(t, Tensor)]
+    whole = (
+        first.device.type != "cpu"
+        or first.numel() <= BLOCK
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        or torch._C._are_functorch_transforms_active()
+        or any(isinstance(t, Tensor) and t.dim() >= first.dim() for t in others)
+    )
+    if whole:
+        return function(x)
+    rows = max(1, BLOCK * len(first) // first.numel())
+    blocks = [
+        function(tuple(None if c is None else c[start : start + rows] for c in x))
+        for start in range(0, len(first), rows)
+    ]
+    columns = zip(*blocks, strict=True)
+    return tuple(None if parts[0] is None else torch.cat(parts) for parts in columns)
+
+
+# Elements: the temporaries of an activation at order 4 stay in a cache, and are small enough for
+# the allocator to use their memory again. The best of the powers of 2 for ResNet-20.
+BLOCK = 1 << 16
 
 
 def softmax_series(x: Series, dim: int, p0: Tensor) -> tuple[Series, Series]:
