@@ -48,6 +48,8 @@ class Curvature(PerSample):
         products: (B,) int64, Hessian-vector products taken.
         value: (B,) f: of a classifier the cross-entropy, softplus(−m).
         probability: (B,) that a classifier gives to the label, σ(m); nan for other fields.
+        tol: what `converged` refers to.
+        max_products: what a sample could take.
     """
 
     gradient_norm: Tensor
@@ -58,6 +60,8 @@ class Curvature(PerSample):
     products: Tensor
     value: Tensor
     probability: Tensor
+    tol: float
+    max_products: int
 
 
 def curvature(
@@ -258,6 +262,8 @@ def _measured(field: Field, noise: Tensor, tol: float, max_products: int, how: s
         products=found.products,
         value=F.softplus(-values) if field.is_margin else values,
         probability=values.sigmoid() if field.is_margin else nan,
+        tol=tol,
+        max_products=max_products,
     )
 
 
