@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from flexure.units import plain
+from flexure.memory import peak_bytes, saved_bytes
+from flexure.units import autograd, layout, plain
 from flexure.units.functional import centered_softplus, ctu, ctu_curvature, ctu_slope
 from tests.reference.units import exact_ctu
 from tests.units.shared import DOUBLE, as_dials
@@ -193,3 +194,97 @@ def test_autocast() -> None:
     torch.testing.assert_close(y, slow)
     y.sum().backward()
     assert beta.grad.dtype == torch.float32
+
+
+UNITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "numbers": lambda x: ctu(x, 0.7, 0.3),
+    "scalar tensors": lambda x: ctu(x, torch.tensor(0.7, dtype=DOUBLE), "balanced"),
+    "per column": lambda x: ctu(x, torch.tensor([0.0, 0.5, 0.9, 1.0], dtype=DOUBLE), 0.3),
+    "per row": lambda x: ctu(x, torch.linspace(0.1, 0.9, 3, dtype=DOUBLE)[:, None], 1.0),
+    "in place": lambda x: ctu(x * 1.0, 0.7, inplace=True),
+    "ReLU": lambda x: ctu(x, 1.0),
+    "centered softplus": lambda x: centered_softplus(x, 3.0),
+    "centered softplus, per column": lambda x: centered_softplus(
+        x, torch.tensor([0.0, 1.0, 5.0, torch.inf], dtype=DOUBLE)
+    ),
+}
+
+
+def field_of(unit: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Units inside of units, products and residual sums of them."""
+    return lambda x: (unit(x) * unit(2 * x) + unit(x - unit(x).sin())).sum()
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_forward_over_reverse_is_the_dense_hessian(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autograd, "PIECE", 5)  # three pieces
+    torch.manual_seed(3)
+    f, x = field_of(UNITS[name]), torch.randn(3, 4, dtype=DOUBLE)
+    v = torch.randn_like(x)
+    expected = torch.func.hessian(f)(x).reshape(12, 12) @ v.flatten()
+    leaf = x.clone().requires_grad_()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(leaf, v)
+        y = f(dual)
+        # reverse over forward, then forward over reverse
+        (mixed,) = torch.autograd.grad(forward_ad.unpack_dual(y).tangent, leaf, retain_graph=True)
+        for create_graph in (True, False):
+            (gradient,) = torch.autograd.grad(y, dual, create_graph=create_graph)
+            product = forward_ad.unpack_dual(gradient).tangent
+            torch.testing.assert_close(product.flatten(), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(mixed.flatten(), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_all_mixtures_of_both_modes(name: str) -> None:
+    torch.manual_seed(3)
+    x = torch.randn(3, 4, dtype=DOUBLE, requires_grad=True)
+    checks = {"check_forward_ad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(UNITS[name], x, check_batched_grad=True, **checks)
+    assert torch.autograd.gradgradcheck(UNITS[name], x, check_fwd_over_rev=True)
+
+
+def test_dials_that_need_derivatives_have_them_in_forward_mode() -> None:
+    x = torch.randn(3, 4, dtype=DOUBLE)
+    dials = [torch.tensor(v, dtype=DOUBLE) for v in (0.7, 0.4)]
+    moves = [torch.randn_like(t) for t in (x, *dials)]
+
+    def f(x: Tensor, beta: Tensor, c: Tensor) -> Tensor:
+        return (ctu(x, beta, c).square() + centered_softplus(x, 4 * beta).sin()).sum()
+
+    _, expected = torch.func.jvp(torch.func.grad(f, (0, 1, 2)), (x, *dials), tuple(moves))
+    leaves = [t.clone().requires_grad_() for t in (x, *dials)]
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, move) for t, move in zip(leaves, moves, strict=True)]
+        got = torch.autograd.grad(f(*duals), duals)
+        tangents = [forward_ad.unpack_dual(t).tangent for t in got]
+    torch.testing.assert_close(tuple(tangents), expected)
+
+
+@pytest.mark.parametrize("name", ["numbers", "scalar tensors", "centered softplus"])
+def test_forward_mode_saves_the_input_and_its_tangent(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autograd, "PIECE", 1 << 14)
+    monkeypatch.setattr(layout, "CPU_BLOCK", 1 << 14)
+    unit, x = UNITS[name], torch.randn(32, 4, 32, 32, dtype=DOUBLE)
+    direction, g = torch.randn_like(x), torch.ones_like(x)
+
+    def run() -> Tensor:
+        return unit(forward_ad.make_dual(leaf, direction))
+
+    leaf = x.clone().requires_grad_()
+    with forward_ad.dual_level():
+        # x for the value's graph and, as the leaf needs a gradient, the direction for the tangent's
+        assert x.nbytes <= saved_bytes(run) <= 2 * x.nbytes + 16
+        dual, weight = forward_ad.make_dual(leaf, direction), forward_ad.make_dual(g, g)
+        y = unit(dual)
+        # value and tangent, and what is made piece by piece
+        assert peak_bytes(lambda: unit(dual)) <= 2.5 * x.nbytes
+
+        def back() -> object:
+            return torch.autograd.grad(y, dual, weight, retain_graph=True)
+
+        assert peak_bytes(back) <= 4 * x.nbytes

@@ -1,8 +1,9 @@
 """The units as functions: CTU, centered softplus, their derivatives and bounds.
 
-Which formula runs where: `blocked.py` in ordinary eager use, behind an autograd function that
-saves only the input; the plain formulas of `plain.py` while compiling, exporting, tracing, inside
-`torch.func` transforms and forward-mode levels, and for derivatives of derivatives.
+Which formula runs where: `blocked.py` in ordinary eager use, behind the autograd functions of
+`autograd.py`, which save only the input, in forward mode too; the plain formulas of `plain.py`
+while compiling, exporting, tracing, inside `torch.func` transforms, in forward mode where dials
+have derivatives, and for derivatives of derivatives.
 
 Modules with parameters are in `unit.py`; what each known activation is, in `catalogue.py`.
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flexure.contracts import FlexureError
-from flexure.units import blocked, plain
+from flexure.units import autograd, blocked, plain
 from flexure.units.layout import padded
 from flexure.units.plain import Dial
 
@@ -86,10 +87,13 @@ def ctu(
         _check_shapes(x, beta, c)
         y = plain.ctu(x.clone() if inplace else x, beta, c)
         return x.copy_(y) if inplace else y
+    if forward_ad._current_level >= 0:
+        y = autograd.ctu(x.clone() if inplace else x, beta, c)
+        return x.copy_(y) if inplace else y
     if _records(x, beta, c):
         # The copy is made outside, where autograd sees it: derivatives of derivatives need it.
         source, target = (x.clone(), x) if inplace else (x, None)
-        return cast(Tensor, _CTU.apply(source, beta, c, target))  # type: ignore[no-untyped-call]
+        return autograd.ctu(source, beta, c, target)
     with torch._C.DisableTorchFunction():
         return blocked.ctu(x, beta, c, inplace=inplace)
 
@@ -121,8 +125,8 @@ def centered_softplus(x: Tensor, beta: float | Tensor) -> Tensor:
     if _use_plain(x, beta):
         _check_shapes(x, beta)
         return plain.centered_softplus(x, beta)
-    if _records(x, beta):
-        return cast(Tensor, _CenteredSoftplus.apply(x, beta))  # type: ignore[no-untyped-call]
+    if forward_ad._current_level >= 0 or _records(x, beta):
+        return autograd.centered_softplus(x, beta)
     with torch._C.DisableTorchFunction():
         return blocked.centered_softplus(x, beta)
 
@@ -200,95 +204,12 @@ def follows(x: Tensor) -> bool:
     return type(x) is not Tensor and hasattr(type(x), "unit")
 
 
-class _CTU(torch.autograd.Function):
-    """Saves only the input and the dials: 4 bytes an element in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, beta: Dial, c: Dial, target: Tensor | None) -> Tensor:
-        """`target`, if given, holds what `x` is a copy of, and is overwritten by the result."""
-        ctx.dials = _Dials(ctx, x, beta, c)
-        with torch._C.DisableTorchFunction():
-            y = blocked.ctu(x if target is None else target, beta, c, inplace=target is not None)
-        if target is not None:
-            ctx.mark_dirty(target)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, beta, c = ctx.dials.read(ctx)
-        grad, needs = grads[0], tuple(ctx.needs_input_grad[:3])
-        if torch.is_grad_enabled():  # create_graph: these derivatives will be differentiated
-            return (*_plain_gradients(grad, x, beta, c, needs), None)
-        with torch._C.DisableTorchFunction():
-            return (*blocked.ctu_gradients(grad, x, beta, c, needs), None)
-
-
-class _CenteredSoftplus(torch.autograd.Function):
-    """Saves only the input and beta."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, beta: Dial) -> Tensor:
-        ctx.dials = _Dials(ctx, x, beta)
-        with torch._C.DisableTorchFunction():
-            return blocked.centered_softplus(x, beta)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, beta = ctx.dials.read(ctx)
-        grad, needs = grads[0], tuple(ctx.needs_input_grad)
-        if not torch.is_grad_enabled():
-            with torch._C.DisableTorchFunction():
-                return blocked.centered_softplus_gradients(grad, x, beta, needs)
-        by_x, by_beta = plain.centered_softplus_slopes(x, beta)
-        return (
-            grad * by_x.to(x.dtype) if needs[0] else None,
-            _summed(grad, by_beta, beta) if needs[1] else None,
-        )
-
-
-class _Dials:
-    """What a backward pass needs: tensors saved through autograd, numbers as they are."""
-
-    def __init__(self, ctx: Any, x: Tensor, *dials: Dial) -> None:
-        self._numbers = tuple(None if isinstance(p, Tensor) else p for p in dials)
-        ctx.save_for_backward(x, *(p for p in dials if isinstance(p, Tensor)))
-
-    def read(self, ctx: Any) -> tuple[Any, ...]:
-        x, *tensors = ctx.saved_tensors
-        left = iter(tensors)
-        return (x, *(next(left) if p is None else p for p in self._numbers))
-
-
-def _plain_gradients(
-    grad: Tensor, x: Tensor, beta: Dial, c: Dial, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    by_x = grad * plain.ctu_slope(x, beta, c) if needs[0] else None
-    if not any(needs[1:]):
-        return by_x, None, None
-    slopes = plain.ctu_dial_slopes(x, beta, c)
-    by_dial = (
-        _summed(grad, slope, dial) if need else None
-        for need, slope, dial in zip(needs[1:], slopes, (beta, c), strict=True)
-    )
-    return (by_x, *by_dial)
-
-
-def _summed(grad: Tensor, slope: Tensor, dial: Dial) -> Tensor | None:
-    """`grad·slope`, summed over what shares a value of the dial."""
-    if not isinstance(dial, Tensor):
-        return None
-    product = grad.to(slope.dtype) * slope
-    if dial.numel() == 1:
-        return product.sum().reshape(dial.shape).to(dial.dtype)
-    return product.sum_to_size(dial.shape).to(dial.dtype)
-
-
 def _use_plain(x: Tensor, *dials: Dial) -> bool:
     """Whether something watches the arithmetic that the autograd function would hide from it."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
+        or (forward_ad._current_level >= 0 and not autograd.only_input_moves(*dials))
         or torch._C._are_functorch_transforms_active()
         or x.device.type == "meta"
         or any(

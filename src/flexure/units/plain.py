@@ -21,6 +21,8 @@ from torch import Tensor
 __all__ = [
     "Dial",
     "centered_softplus",
+    "centered_softplus_curvature",
+    "centered_softplus_slope",
     "centered_softplus_slopes",
     "ctu",
     "ctu_curvature",
@@ -130,6 +132,20 @@ def centered_softplus_slopes(x: Tensor, beta: Dial) -> tuple[Tensor, Tensor]:
     by_x = torch.where(t.linear, step, _aten.sigmoid(t.b * t.near_x))
     bent = 0.25 * t.near_x * t.near_x * _log_cosh_ratio_slope(0.5 * t.b * t.near_x)
     return by_x, torch.where(t.linear, LN2 / (t.divisor * t.divisor), bent)
+
+
+def centered_softplus_slope(x: Tensor, beta: Dial) -> Tensor:
+    """First derivative in x, `sigmoid(beta·x)`; dtype of `x`."""
+    t = _centered_terms(x, beta)
+    step = (t.x > 0).to(t.x.dtype)
+    return _out(torch.where(t.linear, step, _aten.sigmoid(t.b * t.near_x)), x)
+
+
+def centered_softplus_curvature(x: Tensor, beta: Dial) -> Tensor:
+    """Second derivative in x, `beta·s·(1-s)`, `s = sigmoid(beta·x)`; 0 where beta = inf."""
+    t = _centered_terms(x, beta)
+    u = t.b * t.near_x
+    return _out(torch.where(t.linear, 0.0, t.b * _aten.sigmoid(u) * _aten.sigmoid(-u)), x)
 
 
 class _Terms(NamedTuple):
