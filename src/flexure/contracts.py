@@ -17,6 +17,7 @@ __all__ = [
     "AdapterError",
     "AddressError",
     "Batches",
+    "BudgetError",
     "DataError",
     "DataLoader",
     "Example",
@@ -60,6 +61,18 @@ class AddressError(FlexureError):
 
 class AdapterError(FlexureError):
     """An adapter file that is damaged, foreign, or made for another model."""
+
+
+class BudgetError(FlexureError):
+    """A memory budget that not even one sample fits.
+
+    Attributes:
+        needed: bytes that would do; 0: not known.
+    """
+
+    def __init__(self, message: str, needed: int = 0) -> None:
+        super().__init__(message)
+        self.needed = needed
 
 
 class MissingExtraError(FlexureError, ImportError):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flexure.contracts import FlexureError
+from flexure.contracts import BudgetError
 from flexure.memory import peak_bytes
 
 __all__ = ["chunk_within"]
@@ -47,14 +47,15 @@ def chunk_within(
         From 1 to `batch`.
 
     Raises:
-        FlexureError: not even one sample fits; the message names the smallest budget that works.
+        BudgetError: not even one sample fits; the message names the smallest budget that works.
     """
     free = budget - held
     size, peak = 1, peak_bytes(lambda: run(1), device=device)
     if peak > free:
-        raise FlexureError(
+        raise BudgetError(
             f"expected a memory budget of at least {peak + held:,} bytes (one sample at a time), "
-            f"got {budget:,}; raise it, or choose fewer products or a lighter way to compute them"
+            f"got {budget:,}; raise it, or choose fewer products or a lighter way to compute them",
+            peak + held,
         )
     sure = free // max(peak, 1)
     if sure > 1 and batch > 1:

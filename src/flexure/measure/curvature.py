@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from flexure.batched import dots, lanczos, norms, scaled
 from flexure.calling import take
-from flexure.contracts import FlexureError
+from flexure.contracts import BudgetError, FlexureError
 from flexure.measure.checks import check_field
 from flexure.measure.chunks import chunk_within
 from flexure.measure.fields import Field, measuring, point_of, scalar_field
@@ -198,10 +198,11 @@ class _Run:
         if memory is None:
             run()
         elif (needed := peak_bytes(run, device=field.x.device)) > memory:
-            raise FlexureError(
+            raise BudgetError(
                 f"expected a memory budget of at least {needed:,} bytes for the check of second "
                 f"derivatives in float64, got {memory:,}; raise it, or check once with another "
-                f"budget and give check=False"
+                f"budget and give check=False",
+                needed,
             )
 
     def chunk(self, noise: Tensor, memory: int) -> int:
