@@ -347,6 +347,16 @@ def test_a_sample_that_is_not_finite_does_not_touch_the_others() -> None:
     torch.testing.assert_close(found.normalized[::2], expected.normalized[::2])
 
 
+def test_inputs_that_are_not_finite_are_refused_wherever_they_are() -> None:
+    model, x = convnet().double(), torch.randn(40, 2, 6, 6, dtype=DOUBLE)
+    x[20, 0, 0, 0] = torch.nan
+    with pytest.raises(FlexureError, match=r"infinity in 1 of 40 samples .numbers 20."):
+        curvature(model, x)
+    x[21:] = torch.inf
+    with pytest.raises(FlexureError, match=r"20 of 40 samples .numbers 20, 21, .*27, \.\.\.\)"):
+        curvature(model, x, torch.zeros(40, dtype=torch.long), chunk=2)
+
+
 def test_attention_and_embedded_tokens() -> None:
     class Encoder(nn.Module):
         def __init__(self) -> None:

@@ -24,6 +24,7 @@ from flexure.measure.wide import in_float64
 __all__ = [
     "ScalarField",
     "check_field",
+    "refuse_not_finite",
     "unchanged_randomness",
 ]
 
@@ -33,13 +34,13 @@ ScalarField: TypeAlias = Callable[[Tensor], Tensor]
 FEW, SAMPLES = 2, 8
 """Samples that are checked first, and the most that are checked where these do not settle it.
 
-The second is that of SPEC.md, section 2.
+A wrong derivative rule is wrong at most samples, so that more would say nothing new.
 """
 
 STEP = 1e-6
 """Length of the step, relative to the standard deviation within a sample's input.
 
-Larger ones cross ReLU kinks (SPEC.md, section 2).
+Larger ones cross ReLU kinks, and accuse correct networks.
 """
 
 FLATTEST = 1e-3
@@ -49,7 +50,7 @@ SHORTER = 4.0
 """By how much the second step is shorter. Noise and kinks change a difference by this factor."""
 
 TOLERANCE = 0.01
-"""Relative disagreement at which a derivative is wrong (SPEC.md, section 2)."""
+"""Relative disagreement at which a derivative is wrong; that of a right one is far less."""
 
 CONSISTENT = 0.1
 """A difference quotient accuses only where its own two versions are this much closer."""
@@ -99,15 +100,26 @@ def check_field(
             input is not finite. Samples with other values or gradients than finite ones are left
             to the measure.
     """
-    if not x.isfinite().all():
-        bad = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-        raise FlexureError(
-            f"expected finite inputs, got nan or infinity in the samples {bad}; leave them out"
-        )
+    refuse_not_finite(x)
     drawn_by = torch.Generator().manual_seed(0) if generator is None else generator
     with unchanged_randomness(x.device):
         check = _Checks(bind, x.detach(), drawn_by, products)
         in_float64(model, lambda: check.run(samples))
+
+
+def refuse_not_finite(x: Tensor) -> None:
+    """Refuses inputs (B, *shape) with nan or infinity in any sample.
+
+    Raises:
+        FlexureError: there is one; it is told how many there are, and which come first.
+    """
+    bad = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
+        named = ", ".join(map(str, bad[:SAMPLES])) + (", ..." if len(bad) > SAMPLES else "")
+        raise FlexureError(
+            f"expected finite inputs, got nan or infinity in {len(bad)} of {len(x)} samples "
+            f"(numbers {named}); leave them out"
+        )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from flexure.batched import dots, lanczos, norms, scaled
 from flexure.calling import take
 from flexure.contracts import BudgetError, FlexureError
-from flexure.measure.checks import check_field
+from flexure.measure.checks import check_field, refuse_not_finite
 from flexure.measure.chunks import chunk_within
 from flexure.measure.fields import Field, measuring, point_of, scalar_field
 from flexure.measure.products import PRODUCTS
@@ -31,7 +31,7 @@ _RANDOM_SHARE = 0.1
 
 
 CHECKED = 8
-"""Samples that are checked at most (SPEC.md, section 2)."""
+"""Samples that are checked at most; a wrong derivative rule is wrong at most samples."""
 
 
 @dataclass(frozen=True)
@@ -122,25 +122,28 @@ def curvature(
             that output.
         field: f itself, (B, *shape) -> (B,), twice differentiable, each value depending on its own
             sample alone; replaces all that. `model` is still put in eval mode and checked.
-        tol: relative residual asked for. The default is that of SPEC.md, section 2.
+        tol: relative residual asked for. The error of the norm is of second
+            order in it, where eigenvalues are apart.
         max_products: Hessian-vector products that a sample may take; those that need more are
             returned with `converged` False.
         chunk: samples at a time; None: all, or as many as fit `memory`.
         generator: of the CPU, for the start vectors; None: a new one, seeded 0.
         products: how Hessian-vector products are computed, a name in `products.PRODUCTS`:
             "double-backward" keeps the graph of the gradient; "forward-over-reverse" keeps no graph
-            between products, is slower, and asks for forward-mode derivatives of every operator.
+            between products and holds less at its peak, is slower, and asks for forward-mode
+            derivatives of every operator's backward pass.
         memory: bytes that may be held beyond the model and x; the chunk is chosen to fit.
         check: whether to hold the derivatives of at most 8 samples against finite differences in
-            float64 first, as a Lanczos residual cannot see a wrong product.
+            float64 first, as a Lanczos residual cannot see a wrong product; and to refuse inputs
+            that are not finite, of which False makes nan, their own values alone.
 
     Returns:
         Curvature, with the values of each sample; chunks change them by rounding only.
 
     Raises:
-        FlexureError: an argument is out of its range; or derivatives are missing or wrong, samples
-            depend on each other, or values are random (see `checks.check_field`); or `memory` is
-            too little for one sample.
+        FlexureError: an argument is out of its range; or an input is not finite, derivatives are
+            missing or wrong, samples depend on each other, or values are random (see
+            `checks.check_field`); or `memory` is too little for one sample.
     """
     if products not in PRODUCTS or (chunk is not None and chunk < 1):
         raise FlexureError(
@@ -151,6 +154,7 @@ def curvature(
     batch = len(run.point)
     with measuring(model), unchanged_randomness(run.point.device):
         if check:
+            refuse_not_finite(run.point)
             run.check(min(chunk or batch, CHECKED), memory)
         noise = _noise(run.point, generator)
         if chunk is None:
