@@ -149,10 +149,24 @@ def test_proposition_2_at_its_ends() -> None:
     assert output_change_bound(1e3, 1e3, 0.0) == 0.0
     assert output_change_bound(1.0, math.inf, 0.0) == math.inf
     values = output_change_bound(
-        torch.tensor([0.1, 0.2]), torch.tensor([0.0, math.nan]), torch.tensor([1.0, 1.0])
+        torch.tensor([0.1, 0.2]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])
     )
-    assert values[0] == pytest.approx(0.1)
-    assert values[1].isnan()
+    assert values.tolist() == pytest.approx([0.1, math.expm1(0.2)])
+
+
+def test_integers_do_not_cut_numbers_short() -> None:
+    """They are float64: a number in their dtype would be rounded down, and the bound with it."""
+    radius = torch.tensor([1, 2])
+    found = relative_gradient_bound(radius, 2.9)
+    assert found.dtype == DOUBLE
+    assert found.tolist() == pytest.approx([math.expm1(2.9), math.expm1(5.8)], rel=1e-14)
+    found = output_change_bound(torch.tensor([1]), 2.9, 0.9)
+    assert found.item() == pytest.approx(0.9 * math.expm1(2.9) / 2.9, rel=1e-14)
+    mixed = relative_gradient_bound(torch.tensor([0.5]), torch.tensor([2]))
+    assert mixed.item() == pytest.approx(math.expm1(1), rel=1e-14)
+    wider = relative_gradient_bound(torch.tensor([0.5]), torch.tensor([0.1], dtype=DOUBLE))
+    assert wider.dtype == DOUBLE
+    assert lemma1_bound([torch.tensor([3])], [0.5]).item() == 3
 
 
 def test_propositions_are_attained_by_the_exponential() -> None:
@@ -195,6 +209,8 @@ def test_propositions_hold_on_a_curved_function() -> None:
         lambda: theorem1_proxy([1], [1.0, 1.0], [1.0, 1.0]),
         lambda: relative_gradient_bound(-0.1, 1.0),
         lambda: relative_gradient_bound(0.1, math.nan),
+        lambda: relative_gradient_bound(torch.tensor([0.1, math.nan]), 1.0),
+        lambda: lemma1_bound([torch.tensor([math.nan])], [1.0]),
         lambda: output_change_bound(0.1, torch.tensor([-1.0]), 1.0),
     ],
 )

@@ -8,7 +8,7 @@ Numbers in, a bound out: nothing here looks at a network. What bounds a network'
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +33,7 @@ def lemma1_bound(curvatures: Sequence[Values], slopes: Sequence[Values]) -> Valu
         slopes: `|f_i'|`, likewise; the last one is not used.
 
     Raises:
-        FlexureError: two lengths, none, or a negative value.
+        FlexureError: two lengths, none, a negative value, or nan.
     """
     _check_lengths(curvatures=curvatures, slopes=slopes)
     total: Values = 0.0
@@ -59,7 +59,7 @@ def theorem1_proxy(
         slopes: the largest 2-norm of each layer's Jacobian.
 
     Raises:
-        FlexureError: different lengths, none, or a negative value.
+        FlexureError: different lengths, none, a negative value, or nan.
     """
     _check_lengths(widths=widths, curvatures=curvatures, slopes=slopes)
     total: Values = 0.0
@@ -81,10 +81,11 @@ def relative_gradient_bound(radius: Values, curvature: Values) -> Values:
         curvature: the largest C on the segment from x to x + ε.
 
     Returns:
-        Shape and dtype by the rules of broadcasting; a float for numbers.
+        Shape by the rules of broadcasting, dtype the widest of the tensors'; integers count as
+        float64, and numbers take the tensors' dtype. A float for numbers.
 
     Raises:
-        FlexureError: a negative argument.
+        FlexureError: a negative argument, or nan.
 
     Example:
         >>> round(relative_gradient_bound(0.1, 2.0), 4)
@@ -108,10 +109,10 @@ def output_change_bound(radius: Values, curvature: Values, gradient_norm: Values
             whole segment), except with an infinite C, which says nothing: inf.
 
     Returns:
-        Shape and dtype by the rules of broadcasting; a float for numbers.
+        As of `relative_gradient_bound`.
 
     Raises:
-        FlexureError: a negative argument.
+        FlexureError: a negative argument, or nan.
     """
     (r, c, g), numbers = _as_tensors(
         radius=radius, curvature=curvature, gradient_norm=gradient_norm
@@ -134,15 +135,18 @@ def _exponent(radius: Tensor, curvature: Tensor) -> Tensor:
 
 
 def _as_tensors(**values: Values) -> tuple[list[Tensor], bool]:
-    """The arguments as tensors, numbers in the dtype of the tensors; whether all are numbers."""
+    """The arguments as tensors of one floating-point dtype; whether all are numbers."""
     for name, value in values.items():
         _check_sign(name, value)
     given = [value for value in values.values() if isinstance(value, Tensor)]
-    like = given[0] if given else torch.zeros((), dtype=torch.float64)
+    # A number in the dtype of integers would lose what is behind its point.
+    kinds = [v.dtype if v.is_floating_point() else torch.float64 for v in given]
+    dtype = functools.reduce(torch.promote_types, kinds) if kinds else torch.float64
+    device = given[0].device if given else None
     tensors = [
-        value
+        value.to(dtype)
         if isinstance(value, Tensor)
-        else torch.full((), value, dtype=like.dtype, device=like.device)
+        else torch.full((), value, dtype=dtype, device=device)
         for value in values.values()
     ]
     return tensors, not given
@@ -159,6 +163,6 @@ def _check_lengths(**values: Sequence[Values]) -> None:
 
 
 def _check_sign(name: str, value: Values) -> None:
-    negative = bool((value < 0).any()) if isinstance(value, Tensor) else value < 0
-    if negative or (isinstance(value, float) and math.isnan(value)):
+    right = value >= 0  # not of nan
+    if not (bool(right.all()) if isinstance(right, Tensor) else right):
         raise FlexureError(f"expected {name} of at least 0, got {value}; give norms or maxima")
