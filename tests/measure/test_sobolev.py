@@ -53,6 +53,14 @@ def test_signal_over_a_period() -> None:
     assert found.norms.tolist() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("probes", [1, 16])
+def test_the_first_order_alone(probes: int) -> None:
+    x = points(5, 2, 3)
+    found = sobolev_seminorm(lambda x: x.square().flatten(1).sum(1), x, order=1, probes=probes)
+    assert found.exact
+    torch.testing.assert_close(found.squares, 4 * x.square().flatten(1).sum(1, keepdim=True))
+
+
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.Softplus])
 def test_exact_in_few_dimensions(activation: Callable[[], nn.Module]) -> None:
     model, x = network(0, (3, 5, 4), activation), points(4, 3)

@@ -142,7 +142,7 @@ def _basis(x: Tensor, length: int) -> Tensor:
     dimension = x[0].numel()
     basis = torch.eye(dimension, dtype=torch.int8, device=x.device)
     indices = torch.tensor(list(product(range(dimension), repeat=length)), dtype=torch.int64)
-    chains = basis[indices.view(-1, length)]
+    chains = basis[indices]
     chains = chains.view(len(chains), length, 1, *x.shape[1:])
     return chains.expand(-1, -1, *x.shape)
 
