@@ -200,6 +200,9 @@ def bare(x: Tensor, *, generator: Generator) -> Values:
         (MEASURE, [object()], DataError, r"got a object as batch 0"),
         (MEASURE, [(torch.ones(0, 3), torch.ones(0))], DataError, "got none in batch 0"),
         (bare, [torch.ones(3, 3), torch.ones(0, 3)], DataError, "got none in batch 1"),
+        (bare, [(np.ones((30, 3)),)], DataError, r"got a numpy.ndarray in batch 0; .*as_tensor"),
+        (MEASURE, [(torch.ones(2, 3), np.ones(2))], DataError, "got a numpy.ndarray in batch 0"),
+        (bare, [({"a": [1.0]},)], DataError, "expected tensors of samples.* got a builtins.dict"),
         (lambda x, y: None, batches(), FlexureError, r"got one with the arguments \(x, y\)"),
         (scenarios.noisy, batches(), FlexureError, "functools.partial"),
         (3, batches(), FlexureError, "whose arguments are known, got 3"),
@@ -239,17 +242,59 @@ def test_statistics_are_numpys():
     assert found.mean["value"].shape == ()
 
 
-def test_what_is_not_finite_is_left_out_and_counted():
-    found = summary_of([[1.0, 2.0], [math.nan, 4.0], [3.0, math.inf], [5.0, math.nan]])
+def test_nan_is_left_out_and_counted():
+    found = summary_of([[1.0, 2.0], [math.nan, 4.0], [3.0, math.nan], [5.0, math.nan]])
     assert found.defined["value"].tolist() == [3, 2]
     assert found.mean["value"].tolist() == [3.0, 3.0]
     assert found.standard_error["value"].tolist() == pytest.approx([2 / 3**0.5, 1.0])
     assert found.quantiles["value"][2].tolist() == [3.0, 3.0]
-    nothing = summary_of([math.nan, math.inf])
+    nothing = summary_of([math.nan, math.nan])
     assert nothing.defined["value"] == 0
     assert nothing.mean["value"].isnan()
     assert nothing.quantiles["value"].isnan().all()
     assert all(end.isnan() for end in nothing.interval("value"))
+
+
+def test_infinite_values_count():
+    """A likelihood of 0, or a bound that does not exist, is no missing value."""
+    found = summary_of([1.0, math.nan, 2.0, 3.0, 4.0, math.inf])
+    assert found.defined["value"] == 5
+    assert found.mean["value"] == math.inf
+    assert found.standard_error["value"].isnan()
+    assert all(end.isnan() for end in found.interval("value"))
+    assert found.quantiles["value"].tolist() == pytest.approx([1.2, 2, 3, 4, math.inf])
+    assert str(found).splitlines()[2].split() == ["value", "inf", "nan", "1.2", *"234", "inf", "5"]
+    minus = summary_of([[-math.inf, -math.inf, 1.0], [0.0, math.inf, 1.0], [0.0, 0.0, 1.0]])
+    assert minus.mean["value"][0] == -math.inf
+    assert minus.mean["value"][1].isnan()
+    assert minus.standard_error["value"].tolist()[2] == 0
+    assert minus.quantiles["value"][:, 0].tolist() == [-math.inf, -math.inf, 0, 0, 0]
+
+
+def test_a_likelihood_of_zero_is_in_the_mean():
+    logits = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    logits[:, 2] = -math.inf
+    y = torch.arange(40) % 2
+    y[[3, 7]] = 2
+    found = over(functools.partial(flexure.calibration, nn.Identity()), [(logits, y)])
+    assert found.mean["nll"] == math.inf == found.result.mean_nll
+    assert found.defined["nll"] == 40
+
+
+def test_a_bound_that_does_not_exist_is_in_the_mean():
+    def measure(x: Tensor, *, generator: Generator) -> flexure.GradientChange:
+        return flexure.gradient_change(
+            None, x, field=lambda x: x.square().sum(1), radii=(0.1,), directions=1, points=1
+        )
+
+    x = torch.full((9, 1), 0.1, dtype=torch.float64)
+    x[0] = 0
+    found = over(measure, [x])
+    assert found.defined["estimated_bound"] == 8  # with no gradient, there is no change either
+    unbounded = found.result.estimated_bound[:, 0].isinf()
+    assert 0 < unbounded.sum() < 8  # where noise goes towards the point without a gradient
+    assert found.mean["estimated_bound"] == math.inf
+    assert found.mean["change"].isfinite()
 
 
 def test_means_do_not_lose_small_spreads():
@@ -284,10 +329,15 @@ def test_paired_intervals_are_scipys():
     np.testing.assert_allclose([told.low, told.high], [truth.low, truth.high], rtol=1e-9)
     assert told.mean == pytest.approx(float((a - b).mean()), rel=1e-12)
     assert told.low > 0  # although the samples differ far more than the models
-    a[0], b[1] = math.nan, math.inf
+    a[0], b[1] = math.nan, math.nan
+    a[2] = b[2] = math.inf
     told = summary_of(a).paired(summary_of(b), "value")
-    assert told.defined == 28
-    assert told.mean == pytest.approx(float((a - b)[2:].mean()), rel=1e-12)
+    assert told.defined == 27
+    assert told.mean == pytest.approx(float((a - b)[3:].mean()), rel=1e-12)
+    b[2] = 0
+    told = summary_of(a).paired(summary_of(b), "value")
+    assert (told.defined, told.mean) == (28, math.inf)
+    assert told.low.isnan()
 
 
 def test_paired_shares_have_a_width_where_nothing_differs():

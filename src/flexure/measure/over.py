@@ -44,6 +44,10 @@ def over(
     from a generator of that batch. All must be given the same batches in the same order; more
     processes than batches have nothing to do. An error in one ends all.
 
+    A measure that checks derivatives (`flexure.curvature`, `check=True`) does so in every batch,
+    which small batches pay for. To check once, call the measure on a few samples yourself, and
+    give `over` the measure with `check=False`.
+
     Args:
         measure: `measure(x, y, *, generator)` or `measure(x, *, generator)`, giving a `PerSample`;
             `functools.partial(flexure.curvature, model)`, say. Which of the two it is, its
@@ -167,7 +171,7 @@ class _Work(Generic[Result]):
         return Summary(type(parts[0]).joined(parts), self._labels)
 
     def _measured(self, index: int, x: Any, y: Any) -> Result:
-        rows = _rows((y, x) if isinstance(y, Tensor) else x, index)
+        rows = _rows(x if y is None else y, index)
         part = self._kept.get(index)
         if part is not None:
             _check(part, rows, f"the kept batch {index}")
@@ -219,9 +223,18 @@ def _rows(tree: Any, index: int) -> int:
         return leaf
 
     map_tensors(tree, note)
-    if not sizes or not sizes[0]:
+    if not sizes:
+        raise DataError(
+            f"expected tensors of samples in every batch, got {_kind(tree)} in batch {index}; "
+            f"convert it with torch.as_tensor"
+        )
+    if not sizes[0]:
         raise DataError(f"expected samples in every batch, got none in batch {index}; drop it")
     return sizes[0]
+
+
+def _kind(tree: Any) -> str:
+    return f"a {type(tree).__module__}.{type(tree).__name__}"
 
 
 def _check(part: Any, rows: int, where: str) -> None:

@@ -33,7 +33,8 @@ class PairedDifference:
         standard_error: of that mean.
         low: lower end of its interval.
         high: upper end.
-        defined: pairs that it rests on: both values are finite.
+        defined: pairs that it rests on: those whose difference has a value, which it has not where
+            one of them is nan, or both are the same infinity.
         level: of the interval.
     """
 
@@ -51,8 +52,9 @@ class Summary(Generic[Result]):
 
     The dictionaries have an entry for every floating-point and every boolean field of the result
     (besides `converged`; of booleans the mean is a share): a float64 tensor of shape () for a
-    field (B,), of shape (k,) for a field (B, k). They rest on the finite values alone, of which
-    `defined` has the number. Values of samples that have not converged count.
+    field (B,), of shape (k,) for a field (B, k). They rest on the values that are not nan (which
+    says that there is none), of which `defined` has the number. An infinite value counts: the mean
+    is then infinite, and has no interval. Values of samples that have not converged count.
 
     What does not average over samples (a root mean square, the slope λ) is a property of `result`
     and pools over all samples there.
@@ -75,18 +77,20 @@ class Summary(Generic[Result]):
 
     @cached_property
     def standard_error(self) -> dict[str, Tensor]:
-        """Of the mean: the sample standard deviation over √n; nan below two values."""
+        """Of the mean: the sample standard deviation over √n.
+
+        nan below two values, and where the mean is infinite.
+        """
         return {name: _standard_error(values) for name, values in self._values.items()}
 
     @cached_property
     def quantiles(self) -> dict[str, Tensor]:
         """(5,) or (5, k): at the levels `QUANTILES`, interpolated linearly."""
-        levels = torch.tensor(QUANTILES, dtype=torch.float64)
-        return {name: values.nanquantile(levels, dim=0) for name, values in self._values.items()}
+        return {name: _quantiles(values) for name, values in self._values.items()}
 
     @cached_property
     def defined(self) -> dict[str, Tensor]:
-        """int64: how many samples have a finite value."""
+        """int64: how many samples have a value, one that is not nan."""
         return {name: _count(values) for name, values in self._values.items()}
 
     @property
@@ -104,7 +108,7 @@ class Summary(Generic[Result]):
             level: the share of intervals that shall contain the expectation, in (0, 1).
 
         Returns:
-            The lower and the upper ends, shaped as the mean.
+            The lower and the upper ends, shaped as the mean; nan where it is not finite.
 
         Raises:
             FlexureError: there is no such field, or no such level.
@@ -151,8 +155,7 @@ class Summary(Generic[Result]):
             columns = values.reshape(len(values), -1).unbind(1)
             for index, column in enumerate(columns):
                 label = name if values.dim() == 1 else f"{name}[{index}]"
-                quantiles = column.nanquantile(torch.tensor(QUANTILES, dtype=torch.float64))
-                told = [_mean(column), _standard_error(column), *quantiles]
+                told = [_mean(column), _standard_error(column), *_quantiles(column)]
                 rows.append([label, *(f"{float(v):.4g}" for v in told), str(int(_count(column)))])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
@@ -160,17 +163,16 @@ class Summary(Generic[Result]):
             + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
             for row in rows
         ]
-        told = f"{type(self.result).__name__}: {len(self)} samples, "
-        return "\n".join([told + f"{100 * self.converged:.4g} % converged", *lines])
+        head = f"{type(self.result).__name__}: {len(self)} samples, "
+        return "\n".join([head + f"{100 * self.converged:.4g} % converged", *lines])
 
     @cached_property
     def _values(self) -> dict[str, Tensor]:
-        """The fields that have a mean, float64 on the CPU, nan where they are not finite."""
+        """The fields that have a mean, float64 on the CPU."""
         return {
-            name: torch.where(wide.isfinite(), wide, torch.nan)
+            name: values.detach().cpu().double()
             for name, values in self.result.samples().items()
             if name != "converged" and (values.is_floating_point() or values.dtype == torch.bool)
-            for wide in [values.detach().cpu().double()]
         }
 
     def _named(self, name: str, level: float) -> Tensor:
@@ -205,7 +207,7 @@ class Summary(Generic[Result]):
 
 
 def _count(values: Tensor) -> Tensor:
-    return values.isfinite().sum(0)
+    return (~values.isnan()).sum(0)
 
 
 def _mean(values: Tensor) -> Tensor:
@@ -213,6 +215,19 @@ def _mean(values: Tensor) -> Tensor:
 
 
 def _standard_error(values: Tensor) -> Tensor:
-    count = _count(values)
-    squares = (values - _mean(values)).square().nansum(0)
-    return torch.where(count > 1, squares / (count - 1) / count, torch.nan).sqrt()
+    count, mean = _count(values), _mean(values)
+    squares = (values - mean).square().nansum(0)
+    known = (count > 1) & mean.isfinite()
+    return torch.where(known, squares / (count - 1) / count, torch.nan).sqrt()
+
+
+def _quantiles(values: Tensor) -> Tensor:
+    """(5, ...): interpolated, but for an infinite value only where a level is beyond the others."""
+    levels = torch.tensor(QUANTILES, dtype=torch.float64)
+    low, high = (
+        values.nanquantile(levels, dim=0, interpolation=which) for which in ("lower", "higher")
+    )
+    ranks = levels.view(-1, *[1] * (values.dim() - 1)) * (_count(values) - 1)
+    # 0·inf and inf - inf are nan: nothing is interpolated between equal values or from -inf.
+    flat = (low == high) | low.isinf()
+    return torch.where(flat, low, low + (ranks - ranks.floor()) * (high - low))
