@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexure.contracts import FlexureError
+from flexure.measure.curvature import curvature
 from flexure.measure.discrepancy import discrepancy
+from flexure.measure.over import over
 from flexure.per_sample import PerSample
 
 
@@ -51,9 +54,33 @@ def test_confidence_widens() -> None:
 
 
 def test_samples_that_do_not_count() -> None:
-    train = measured([1.0, 3.0, torch.inf, torch.nan])
+    train = measured([1.0, 3.0, torch.nan])
     found = discrepancy(train, measured([4.0, 8.0]))["size"]
     assert (found.train, found.train_samples) == (2.0, 2)
+    infinite = discrepancy(train, measured([4.0, torch.inf]))["size"]
+    assert (infinite.test, infinite.test_samples) == (math.inf, 2)
+    assert math.isnan(infinite.relative)
+
+
+def test_of_curvature_the_geometry() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 2
+    measure = functools.partial(curvature, model)
+    train, test = over(measure, [(x[:4], y[:4])]), over(measure, [(x[4:], y[4:])])
+    found = discrepancy(train, test)
+    assert list(found) == ["gradient_norm", "hessian_norm", "normalized"]
+    assert found == discrepancy(train.result, test)
+    means = float(train.mean["normalized"]), float(test.mean["normalized"])
+    assert found["normalized"].relative == pytest.approx((means[1] - means[0]) / means[0])
+    assert list(discrepancy(train, test, fields=["value"])) == ["value"]
+    regression = curvature(model, x, torch.randn(8, 2, dtype=torch.float64))
+    with pytest.raises(FlexureError, match="a classifier's cross-entropy and of another field"):
+        discrepancy(train, regression)
+    assert list(discrepancy(regression, regression)) == list(found)
+    for name in ("products", "converged", "nonsense"):
+        with pytest.raises(FlexureError, match=f"got \\['{name}'\\]"):
+            discrepancy(train, test, fields=[name])
 
 
 def test_interval_covers() -> None:
