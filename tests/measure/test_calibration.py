@@ -6,6 +6,7 @@ import functools
 import math
 from types import SimpleNamespace
 
+import mpmath
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,7 +26,7 @@ IDENTITY = nn.Identity()
 def said(confidence: list[float], correct: list[bool]) -> Calibration:
     p = torch.tensor(confidence, dtype=torch.float64)
     right = torch.tensor(correct)
-    return Calibration(torch.ones_like(right), p, right, p, right.long())
+    return Calibration(torch.ones_like(right), p, right, p, right.long(), 1 - p)
 
 
 def drawn(count: int, classes: int, spread: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -63,6 +64,24 @@ def test_sure_samples_keep_their_likelihood():
     assert found.nll[1] == pytest.approx(100.0)
     plain = nn.functional.cross_entropy(logits, torch.tensor([0, 0]), reduction="none")
     assert plain[0] == 0  # what is avoided
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_doubt_of_sure_samples(dtype: torch.dtype):
+    """Down to 1e-300, where 1 minus the confidence is 0 from 1e-16 on."""
+    tops = [0.0, 1.0, 30.0, 40.0, 300.0, 690.0]
+    logits = torch.tensor([[0.25, top, -1.5] for top in tops], dtype=dtype)
+    found = calibration(IDENTITY, logits, torch.zeros(6).long())
+    for row, doubt in zip(logits.tolist(), found.doubt.tolist(), strict=True):
+        with mpmath.workdps(400):
+            shares = [mpmath.exp(z) for z in row]
+            truth = float(1 - max(shares) / sum(shares))
+        assert doubt == pytest.approx(truth, rel=1e-14)
+    assert 0 < found.doubt[-1] < 1e-299
+    assert found.confidence[3:].tolist() == [1.0] * 3
+    torch.testing.assert_close(found.doubt[:3], 1 - found.confidence[:3], rtol=1e-3, atol=0)
+    ruled_out = calibration(IDENTITY, torch.tensor([[0.0, -math.inf]]), torch.tensor([1]))
+    assert ruled_out.doubt == 0
 
 
 def test_ruled_out_classes():

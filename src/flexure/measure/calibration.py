@@ -21,7 +21,7 @@ from flexure.per_sample import PerSample
 
 __all__ = ["Calibration", "ReliabilityBin", "calibration"]
 
-_BINS = 15  # SPEC.md section 3, and Guo et al. 2017
+_BINS = 15  # of Guo et al. 2017
 
 _LEVEL = 0.95
 
@@ -55,16 +55,20 @@ class Calibration(PerSample):
 
     Attributes:
         converged: (B,) bool, always true: nothing is iterated.
-        confidence: (B,) float64, probability of the predicted class.
+        confidence: (B,) float64, probability of the predicted class; 1 for sure samples.
         correct: (B,) bool, whether that class is the label.
         nll: (B,) float64, negative log-likelihood of the label in nats: the cross-entropy.
         predicted: (B,) int64, the class with the largest logit, the first of several.
+        doubt: (B,) float64, probability that is left: of all other classes together. 1 minus the
+            confidence, but summed from theirs and not subtracted, so that it tells sure samples
+            apart down to 1e-300; 0 below the range of float64.
     """
 
     confidence: Tensor
     correct: Tensor
     nll: Tensor
     predicted: Tensor
+    doubt: Tensor
 
     @property
     def accuracy(self) -> float:
@@ -135,7 +139,8 @@ def calibration(
 
     From the logits in float64: the probability of class k is σ(m_k) and its negative
     log-likelihood −log σ(m_k), m_k being its margin (`fields.margin`), so that neither is rounded
-    to 0 or 1 before the other is.
+    to 0 or 1 before the other is. The doubt is o/(1 + o), o = Σ_{j≠k} exp(z_j − z_k) the odds
+    against the predicted class k.
 
     Args:
         model: gives logits (B, K), K >= 2, or an object with `.logits`.
@@ -162,10 +167,17 @@ def calibration(
         correct=predicted == y,
         nll=torch.where(nll < _HUGE / 2, nll, torch.inf),
         predicted=predicted,
+        doubt=_doubt(wide, predicted),
     )
 
 
 _HUGE = 1e300
+
+
+def _doubt(logits: Tensor, predicted: Tensor) -> Tensor:
+    top = predicted[:, None]
+    odds_against = (logits - logits.gather(1, top)).exp().scatter(1, top, 0.0).sum(1)
+    return odds_against / (1 + odds_against)
 
 
 def _check_logits(logits: Tensor) -> None:
