@@ -16,6 +16,7 @@ import flexure
 from flexure.contracts import FlexureError
 from flexure.measure.over import over
 from flexure.measure.robustness_of_gradients import RADII, gradient_change
+from flexure.memory import peak_bytes
 from tests.measure.untouched import untouched
 from tests.reference import gradient_change as reference
 
@@ -271,6 +272,19 @@ def test_chunks_do_not_matter():
         torch.testing.assert_close(cut.samples()[name], values, rtol=1e-6, atol=1e-12)
 
 
+def test_a_budget_is_kept_to():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(400, 100), nn.Tanh(), nn.Linear(100, 3))
+    x, y = torch.randn(64, 1, 20, 20), torch.arange(64) % 3
+    measure = functools.partial(gradient_change, model, x, y, tol=1e-3)
+    whole = peak_bytes(measure)
+    for budget in (whole // 4, whole // 2):
+        assert budget / 4 < peak_bytes(lambda b=budget: measure(memory=b)) <= budget
+    free, kept = measure(), measure(memory=whole // 4)
+    torch.testing.assert_close(kept.change, free.change, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(kept.estimated_bound, free.estimated_bound, rtol=0.02, atol=1e-6)
+
+
 def test_not_converged_is_said():
     torch.manual_seed(0)
     model, x = network(width=20), inputs()
@@ -333,8 +347,20 @@ def test_nothing_is_changed():
         ({"radii": (0.2, 0.1)}, "increase"),
         ({"radii": (0.1, math.inf)}, "increase"),
         ({"radii": (math.nan,)}, "increase"),
-        ({"directions": 0}, "at least one direction"),
-        ({"points": -1}, "no fewer than 0 points"),
+        ({"radii": (-0.1, 0.1)}, "increase"),
+        ({"radii": 0.1}, "increase from above 0, got 0.1"),
+        ({"radii": "12"}, "increase from above 0, got '12'"),
+        ({"radii": (None,)}, "increase"),
+        ({"directions": 0}, "directions to be a whole number from 1, got 0"),
+        ({"directions": 1.5}, "directions to be a whole number from 1, got 1.5"),
+        ({"points": -1}, "points to be a whole number from 0, got -1"),
+        ({"points": 1.5}, "points to be a whole number from 0, got 1.5"),
+        ({"chunk": 0}, "chunk to be a whole number from 1, got 0"),
+        ({"chunk": -2}, "chunk to be a whole number from 1, got -2"),
+        ({"chunk": True}, "chunk to be a whole number from 1, got True"),
+        ({"max_products": 1.5}, "max_products to be a whole number"),
+        ({"memory": 0.5}, "memory to be a whole number"),
+        ({"memory": 1000}, "a memory budget of at least"),
     ],
 )
 def test_refusals(settings: dict, message: str):

@@ -82,8 +82,12 @@ def check_positive(**settings: int | None) -> None:
         FlexureError: names the setting.
     """
     for name, value in settings.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise FlexureError(f"expected {name} to be a whole number from 1, got {value!r}")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and value >= 1):
+            raise FlexureError(
+                f"expected {name} to be a whole number from 1, got {value!r}; give one, or leave "
+                f"it out"
+            )
 
 
 def _probability(

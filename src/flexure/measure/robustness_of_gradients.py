@@ -6,9 +6,10 @@ equation is in `theorems.py`, the measurement of C in `curvature.py`.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,10 +18,12 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from flexure.batched import norms, scaled
-from flexure.calling import map_tensors
+from flexure.calling import map_tensors, take
 from flexure.contracts import FlexureError
+from flexure.measure.chunks import chunk_within
 from flexure.measure.curvature import Curvature, curvature
 from flexure.measure.fields import Field, measuring, point_of, scalar_field
+from flexure.measure.probability import check_positive, pieces
 from flexure.measure.theorems import relative_gradient_bound
 from flexure.per_sample import PerSample
 
@@ -82,6 +85,7 @@ def gradient_change(
     max_products: int = 20,
     chunk: int | None = None,
     generator: Generator | None = None,
+    memory: int | None = None,
     check: bool = True,
 ) -> GradientChange:
     """Relative gradient change under random noise of given l2 norms, with a bound beside it.
@@ -115,102 +119,131 @@ def gradient_change(
             1 + directions · points measurements of C.
         tol: of C, see `flexure.curvature`.
         max_products: of each C.
-        chunk: samples at once, for memory.
+        chunk: samples at a time; None: all, or as many as fit `memory`. Noise does not depend on
+            it; C changes within `tol`, since its start vectors are drawn chunk by chunk.
         generator: of the CPU; None: always the same noise.
+        memory: bytes that may be held beyond the model and x, the noise of all samples included;
+            the chunk is chosen to fit, and the measurements of C choose their own.
         check: whether to check derivatives at x first, see `flexure.curvature`; not done without
             points.
 
     Raises:
         FlexureError: radii that do not increase from above 0 or are lost in the rounding of x + ε;
-            numbers of directions or points out of range; what `flexure.curvature` refuses.
+            counts that are no whole numbers or out of range; `memory` is too little for one
+            sample; what `flexure.curvature` refuses.
     """
-    radii = _checked(radii, directions, points)
+    radii = _checked(radii, points)
+    check_positive(directions=directions, max_products=max_products, chunk=chunk, memory=memory)
+    point = point_of(x)
+    if y is not None and len(y) != len(point):
+        raise FlexureError(
+            f"expected one target for each of {len(point)} samples, got {len(y)}; give y of the "
+            f"same batch"
+        )
     drawn_by = torch.Generator().manual_seed(0) if generator is None else generator
     with measuring(model):
-        point = point_of(x)
-        target = scalar_field(model, x, y, field=field).target
-        bench = _Bench(model, x, y if target is None else target, field, chunk)
         noise = _directions(point, directions, drawn_by)
-        values, start = bench.gradient(point)
-        changes = torch.stack([bench.changes(u, radii, values, start) for u in noise])
-
-    def measured(at: Tensor) -> Curvature:
-        settings = {"tol": tol, "max_products": max_products, "generator": drawn_by}
-        return bench.curvature(at, check=check and at is point, **settings)
-
-    bounds, normalized, converged = _bounds(measured, point, noise, radii, points)
-    zero = norms(start) == 0
-    slack = tol * bounds + _ROUNDING * torch.finfo(point.dtype).eps
-    exceeded = (changes > bounds + slack).double().where(~bounds.isnan(), torch.nan)
-    change, bound, violations = (
-        values.mean(0).masked_fill(zero[:, None], torch.nan)
-        for values in (changes, bounds, exceeded)
-    )
-    return GradientChange(
-        converged=converged & (change.isfinite().all(1) | zero),
-        change=change,
-        estimated_bound=bound,
-        violations=violations,
-        normalized=normalized,
-        zero_gradient=zero,
-        radii=radii,
-        directions=directions,
-        points=points,
-        tol=tol,
-    )
+        of_curvature = {"tol": tol, "max_products": max_products, "generator": drawn_by}
+        run = _Run(model, x, y, field, noise, radii, points, of_curvature)
+        if chunk is None:
+            chunk = len(point) if memory is None else run.chunk(memory)
+        return GradientChange.joined(
+            [
+                run.measured(rows, check=check and rows.start == 0, memory=memory)
+                for rows in pieces(len(point), chunk)
+            ]
+        )
 
 
 @dataclass(frozen=True)
-class _Bench:
-    """A field with its labels held, to be measured at other points than its own.
+class _Run:
+    """One call of `gradient_change`: its arguments, and what it does with some of the samples.
 
     Attributes:
         model: as given.
         x: the `Example` as given.
         y: labels, or targets.
-        field: as given.
-        chunk: samples at once.
+        given: another field.
+        noise: (D, B, *shape) unit vectors.
+        radii: of the columns.
+        points: on each direction at which C is measured, besides x.
+        of_curvature: what `curvature` is told.
     """
 
     model: nn.Module | Callable[..., Any]
     x: Any
     y: Tensor | None
-    field: Callable[[Tensor], Tensor] | None
-    chunk: int | None
+    given: Callable[[Tensor], Tensor] | None
+    noise: Tensor
+    radii: tuple[float, ...]
+    points: int
+    of_curvature: dict[str, Any]
 
-    def curvature(self, at: Tensor, **settings: Any) -> Curvature:
-        """C at other inputs (B, *shape)."""
-        point = point_of(self.x)
-        x = map_tensors(self.x, lambda leaf: at if leaf is point else leaf)
-        return curvature(self.model, x, self.y, field=self.field, chunk=self.chunk, **settings)
+    def chunk(self, memory: int) -> int:
+        """How many samples fit a budget."""
+        without_bounds = replace(self, points=0)
+        return chunk_within(
+            memory,
+            lambda samples: without_bounds.measured(slice(0, samples)),
+            batch=self.noise.shape[1],
+            held=2 * self.noise.nbytes,  # drawn in one dtype, and wanted in another
+            device=self.noise.device,
+        )
 
-    def gradient(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) values of the margin, or of another field, and (B, *shape) gradients."""
-        whole = scalar_field(self.model, self.x, self.y, field=self.field)
-        size = self.chunk or len(at)
-        rows = [slice(first, first + size) for first in range(0, len(at), size)]
-        parts = [_value_and_gradient(whole.taken(each), at[each]) for each in rows]
-        values, gradients = zip(*parts, strict=True)
-        return torch.cat(values), torch.cat(gradients)
+    def measured(
+        self, rows: slice, *, check: bool = False, memory: int | None = None
+    ) -> GradientChange:
+        """The gradient change of some of the samples."""
+        x = take(self.x, rows, self.noise.shape[1])
+        noise, y = self.noise[:, rows], None if self.y is None else self.y[rows]
+        # A prediction is the label at x, also where noise changes it.
+        field = scalar_field(self.model, x, y, field=self.given)
+        label = y if field.target is None else field.target
+        point, settings = point_of(x), dict(self.of_curvature)
+        if memory is not None:
+            settings["memory"] = max(1, memory - self.noise.nbytes - 2 * point.nbytes)
 
-    def changes(self, u: Tensor, radii: Sequence[float], values: Tensor, start: Tensor) -> Tensor:
-        """(B, R) relative changes of the loss's gradient along the unit vectors u.
+        def curvature_at(at: Tensor) -> Curvature:
+            moved = map_tensors(x, lambda leaf: at if leaf is point else leaf)
+            checked = check and at is point
+            return curvature(self.model, moved, label, field=self.given, check=checked, **settings)
 
-        Args:
-            u: (B, *shape).
-            radii: of the columns.
-            values: (B,) of the field at x.
-            start: (B, *shape), its gradient there.
-        """
-        field = scalar_field(self.model, self.x, self.y, field=self.field)
-        columns = []
-        for radius in radii:
-            there, moved = self.gradient(_moved(field.x, u, radius))
-            if field.is_margin:
-                growth = F.logsigmoid(-there.double()) - F.logsigmoid(-values.double())
-                moved = scaled(growth.exp(), moved.double())
-            columns.append(norms(moved.double() - start.double()) / norms(start.double()))
-        return torch.stack(columns, 1)
+        changes, zero = _changes(field, noise, self.radii)
+        bounds, normalized, converged = _bounds(curvature_at, point, noise, self.radii, self.points)
+        slack = settings["tol"] * bounds + _ROUNDING * torch.finfo(point.dtype).eps
+        exceeded = (changes > bounds + slack).double().where(~bounds.isnan(), torch.nan)
+        change, bound, violations = (
+            values.mean(0).masked_fill(zero[:, None], torch.nan)
+            for values in (changes, bounds, exceeded)
+        )
+        return GradientChange(
+            converged=converged & (change.isfinite().all(1) | zero),
+            change=change,
+            estimated_bound=bound,
+            violations=violations,
+            normalized=normalized,
+            zero_gradient=zero,
+            radii=self.radii,
+            directions=len(noise),
+            points=self.points,
+            tol=settings["tol"],
+        )
+
+
+def _changes(field: Field, noise: Tensor, radii: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """(D, B, R) relative changes of the loss's gradient, and (B,) whether it is exactly zero."""
+    values, start = _value_and_gradient(field, field.x)
+    length = norms(start.double())
+
+    def changed(u: Tensor, radius: float) -> Tensor:
+        there, moved = _value_and_gradient(field, _moved(field.x, u, radius))
+        if field.is_margin:
+            growth = F.logsigmoid(-there.double()) - F.logsigmoid(-values.double())
+            moved = scaled(growth.exp(), moved.double())
+        return norms(moved.double() - start.double()) / length
+
+    columns = [torch.stack([changed(u, radius) for radius in radii], 1) for u in noise]
+    return torch.stack(columns), norms(start) == 0
 
 
 def _bounds(
@@ -239,17 +272,18 @@ def _bounds(
             largest.append(torch.maximum(largest[-1], here))
             converged &= at.converged
         for column, radius in enumerate(radii):
-            bound[:, column] = relative_gradient_bound(
-                radius, largest[1 + bisect_left(steps, radius)]
-            )
+            top = largest[1 + bisect_left(steps, radius)]
+            found = relative_gradient_bound(radius, top.nan_to_num(nan=0.0, posinf=torch.inf))
+            bound[:, column] = torch.as_tensor(found).masked_fill(top.isnan(), torch.nan)
     return bounds, first.normalized.double(), converged
 
 
 def _directions(point: Tensor, count: int, generator: Generator) -> Tensor:
     """(D, B, *shape) unit vectors, drawn on the CPU."""
     drawn = torch.randn((count, *point.shape), generator=generator, dtype=torch.float32).to(point)
-    flat = drawn.flatten(0, 1)
-    return scaled(1 / norms(flat), flat).view_as(drawn)
+    for u in drawn:
+        u.copy_(scaled(1 / norms(u), u))
+    return drawn
 
 
 def _moved(point: Tensor, u: Tensor, radius: float) -> Tensor:
@@ -278,16 +312,18 @@ def _value_and_gradient(field: Field, at: Tensor) -> tuple[Tensor, Tensor]:
     return values.detach(), gradient
 
 
-def _checked(radii: Sequence[float], directions: int, points: int) -> tuple[float, ...]:
-    given = tuple(float(radius) for radius in radii)
+def _checked(radii: Sequence[float], points: int) -> tuple[float, ...]:
+    try:
+        given = tuple(math.nan if isinstance(r, str) else float(r) for r in radii)
+    except (TypeError, ValueError):
+        given = ()
     increasing = all(inner < outer < torch.inf for inner, outer in pairwise((0.0, *given)))
     if not given or not increasing:
         raise FlexureError(
-            f"expected radii that increase from above 0, got {given}; give for example {RADII}"
+            f"expected radii that increase from above 0, got {radii!r}; give for example {RADII}"
         )
-    if directions < 1 or points < 0:
+    if not isinstance(points, int) or isinstance(points, bool) or points < 0:
         raise FlexureError(
-            f"expected at least one direction and no fewer than 0 points, got {directions} and "
-            f"{points}; 2 and 2 are the defaults"
+            f"expected points to be a whole number from 0, got {points!r}; 2 is the default"
         )
     return given
