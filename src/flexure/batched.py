@@ -94,7 +94,7 @@ def lanczos(
         tol: the relative residual asked for.
         max_products: at most so many products a sample.
         random_share: norm of the uniformly random part of `start` divided by that of the rest
-            (default: SPEC.md, section 2); 0 waives the second condition.
+            (default: that of `flexure.curvature`); 0 waives the second condition.
         doubt: probability, at most, that the random part is too small along a given vector for the
             second condition to mean what it says.
 

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _HELD_OUT = 0.2
-"""Share of the training data held out where a split is missing (SPEC.md, 'Splits')."""
+"""Share of the training data held out where a split is missing: a fifth, as is usual."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +140,7 @@ def split(
     """Data to train on, to choose by and to report on, made from what a source has.
 
     Without a test split, a stratified fifth of the training data is held out first; without a
-    validation split, a stratified fifth of what then remains (SPEC.md, 'Splits'). The source's
+    validation split, a stratified fifth of what then remains. The source's
     own splits are never mixed.
 
     Args:

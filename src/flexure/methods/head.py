@@ -21,7 +21,8 @@ from flexure.surgery.wrapped import is_tuned, module_at, plain_path
 __all__ = ["HEAD_LEARNING_RATE", "Head", "copied_head", "find_head", "fresh_head", "stored_head"]
 
 HEAD_LEARNING_RATE = 1e-3
-"""Of the head in every comparison, with Adam; as published for the probe (SPEC.md, section 1)."""
+"""Of the head in every comparison, with Adam; as published for the probe
+(Curvature Tuning, experiments)."""
 
 
 class Head:

@@ -23,7 +23,7 @@ Match: TypeAlias = Literal["mean", "mean+std"]
 Moments: TypeAlias = "tuple[Tensor, Tensor]"
 
 SCALE_LIMITS = (0.5, 2.0)
-"""A channel's spread is at most halved or doubled: SPEC, calibrated steering."""
+"""A channel's spread is at most halved or doubled, lest channels of few inputs blow up."""
 
 
 class Calibration:

@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 SATURATION_MARGIN = 0.01
-"""A dial this near to 0 or to 1 counts as saturated (SPEC.md, Trainable CT)."""
+"""A dial this near to 0 or to 1 counts as saturated: gradients nearly vanish."""
 
 
 @dataclass(frozen=True)
