@@ -100,7 +100,8 @@ def _silu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def _mish(input: Tensor, inplace: bool = False) -> Tensor:
-    y = input * F.softplus(input).tanh()
+    x = input.clone() if inplace else input
+    y = x * F.softplus(x).tanh()
     return input.copy_(y) if inplace else y
 
 
