@@ -14,12 +14,21 @@ from scipy.stats import binom
 from torch import Tensor, nn
 
 import flexure
-from flexure.contracts import DataError, FlexureError
+from flexure.contracts import BudgetError, DataError, FlexureError
+from flexure.measure.intervals import wilson_interval
 from flexure.measure.over import Summary
 from flexure.methods.measured_store import MeasuredStore
 from flexure.methods.measurements import Measurements, compared, measure_model
 from flexure.methods.measures import BOUND, MEASURES
-from flexure.methods.paired import MEAN, MEDIAN, POOLED
+from flexure.methods.paired import (
+    LEVEL,
+    MEAN,
+    MEDIAN,
+    POOLED,
+    SHARE,
+    QuantityDifference,
+    QuantityEstimate,
+)
 from flexure.record import to_json
 from tests.measure.untouched import untouched
 
@@ -130,7 +139,7 @@ def test_a_model_compared_with_itself_does_not_differ() -> None:
     assert len(found.differences) >= 10
     for one in found.differences:
         assert one.value == one.neutral, one
-        assert one.low <= one.neutral <= one.high
+        assert one.low <= one.neutral <= one.high or not one.has_interval
         assert not one.certain
 
 
@@ -195,12 +204,74 @@ def test_the_bootstrap_of_a_mean_is_its_normal_interval() -> None:
     assert (found.low, found.high) == pytest.approx(ends, abs=0.15 * half)
 
 
+def test_the_calibration_error_has_no_interval(pair: Measurements) -> None:
+    (row,) = [row for row in pair.rows() if "calibration error" in row.label]
+    assert row.label == "expected calibration error, plug-in"
+    results = [model.calibration.result for model in pair.models]
+    assert [one.value for one in row.estimates] == [result.ece for result in results]
+    assert row.difference.value == results[0].ece - results[1].ece
+    for one in (*row.estimates, row.difference):
+        assert not one.has_interval
+        assert "[" not in str(one)
+    assert str(row.difference)[0] in "+-"
+    assert not row.difference.certain
+
+
+def test_shares_are_of_the_samples_that_have_a_value() -> None:
+    nan = math.nan
+    ones = Summary(_values(torch.tensor([0.0, 0.5, nan, 1.0, 0.0, 0.0])))
+    others = Summary(_values(torch.tensor([1.0, 0.5, 1.0, nan, 0.0, 1.0])))
+    (found,) = SHARE.of(ones, "x", 0)
+    low, high = wilson_interval(torch.tensor(2), torch.tensor(5), level=LEVEL)
+    assert found == (0.4, float(low), float(high), 5)
+    (paired,) = SHARE.between(ones, others, "x", 0)
+    assert (paired.value, paired.samples) == (-0.5, 4)  # −1, 0, 0, −1
+    half = 2.5705818 * math.sqrt((2 + 2 - 1 / 6 * 2**2) / 5 / 6)  # with +1 and −1: t of 5
+    assert (paired.low, paired.high) == pytest.approx((-1 / 3 - half, -1 / 3 + half), rel=1e-6)
+    same = SHARE.between(ones, ones, "x", 0)[0]
+    assert same.low < same.value == 0 < same.high
+
+
+def test_what_is_no_number_is_told_in_words() -> None:
+    inf, nan = math.inf, math.nan
+    ratio = QuantityDifference("m", "q", "median", inf, inf, inf, 9, None, "q")
+    assert str(ratio) == "infinite ratios at half of the samples or more"
+    assert (
+        str(QuantityDifference("m", "q", "median", 2, 1, inf, 9, None, "q")) == "times 2 [1, inf]"
+    )
+    assert str(QuantityEstimate("m", "q", "mean", nan, nan, nan, 0, None, "q")) == "not defined"
+    assert str(QuantityEstimate("m", "q", "mean", 2.0, nan, nan, 1, None, "q")) == "2"
+
+
 def test_radii_are_told_apart(pair: Measurements) -> None:
     changes = [one for one in pair.models[0].estimates if one.quantity == "change"]
     assert [one.at for one in changes] == [0.01, 0.1]
-    assert [one.at for one in pair.differences_of("gradient_change")] == [0.01, 0.1]
+    compared = [one.at for one in pair.differences_of("gradient_change")]
+    assert compared == [0.01, 0.1] * 3
     mean = pair.models[0].gradient_change.mean["change"]
     assert [one.value for one in changes] == mean.tolist()
+
+
+def test_the_bound_and_what_exceeds_it_are_beside_the_change() -> None:
+    found = measure_model(
+        network(nn.Tanh()), data(), measures=["gradient_change"], radii=(0.01, 10**-0.5)
+    )
+    assert [row.label for row in found.rows()] == [
+        "relative gradient change, noise of 0.01 input units",
+        "its estimated bound, noise of 0.01 input units, median",
+        "share of samples above that bound, noise of 0.01 input units",
+        "relative gradient change, noise of 0.316 input units",
+        "its estimated bound, noise of 0.316 input units, median",
+        "share of samples above that bound, noise of 0.316 input units",
+    ]
+    result = found.models[0].gradient_change.result
+    told = {(one.quantity, one.at): one for one in found.models[0].estimates}
+    bounds = result.estimated_bound[:, 1].double().sort().values
+    median = told["estimated_bound", result.radii[1]]
+    assert median.value == pytest.approx(float(bounds.quantile(0.5)), rel=1e-12)
+    share = told["violations", result.radii[1]]
+    assert share.value == float((result.violations[:, 1] > 0).double().mean())
+    assert 0 <= share.low <= share.value < share.high <= 1
 
 
 def test_the_bound_holds_and_its_looseness_is_told(pair: Measurements) -> None:
@@ -346,31 +417,33 @@ def test_wrong_data_end_the_measurement() -> None:
     with pytest.raises(DataError):
         measure_model(network(nn.Tanh()), [])
     x, y = data(1)[0]
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=r"from 0 to 2, .* got 3 to 5, 8 of 8 above"):
         measure_model(network(nn.Tanh()), [(x, y + CLASSES)], **SMALL)
+
+
+def test_a_wrong_label_is_found_before_anything_is_measured(tmp_path: Path) -> None:
+    batches = data()
+    batches[-1][1][-1] = CLASSES
+    watch = Interrupting()
+    with pytest.raises(DataError, match="1 of 24"):
+        measure_model(nn.Sequential(watch, network(nn.Tanh())), batches, store=tmp_path, **SMALL)
+    assert watch.calls == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("measure", ["curvature", "gradient_change"])
+def test_memory_that_nothing_fits_is_an_error(measure: str) -> None:
+    model = network(nn.Tanh())
+    with pytest.raises(BudgetError, match=r"of at least .* got 64; raise it") as error:
+        measure_model(model, data(1), measures=[measure, "calibration"], memory=64, **SMALL)
+    assert "check=" not in str(error.value)
+    found = measure_model(model, data(1), measures=[measure], memory=10**9, **SMALL)
+    assert not found.models[0].refusals
 
 
 def test_a_model_that_nothing_fits_is_an_error() -> None:
     with pytest.raises(FlexureError, match="steer"):
         measure_model(network(nn.ReLU()), data(1), measures=["rate", BOUND], **SMALL)
-
-
-def test_a_rate_of_few_samples_is_told() -> None:
-    squares = torch.ones(40, 4, dtype=torch.float64)
-    caution = MEASURES["rate"].caution
-    settings: dict[str, Any] = {"normalization": "raw", "calibrate": True, "dimension": 3}
-    many = flexure.CurvatureRate(
-        converged=torch.ones(40, dtype=torch.bool),
-        squares=squares,
-        orders=(1, 2, 3, 4),
-        directions=2,
-        reduction="rms",
-        **settings,
-    )
-    assert caution(many) is None
-    squares[0, 3] = 1e4
-    assert "as few as 1.0 equal ones would carry an order, of 40" in caution(many)
-    assert caution(many.taken(slice(1, None))) is None
 
 
 def test_progress_tells_samples() -> None:

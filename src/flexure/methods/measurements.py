@@ -1,8 +1,8 @@
 """Measuring: all measures of one model, or of two side by side, on the same labelled samples.
 
 Orchestration only: the measures and how two models' are compared are the table in `measures.py`,
-means over samples `measure/over.py`, finished batches on disk `measured_store.py`, and the result
-`measurements_result.py`.
+means over samples `measure/over.py`, finished batches on disk `measured_store.py`, the result
+`measurements_result.py`, and what must be known of it `measured_notes.py`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexure.calling import seeded, take
-from flexure.contracts import Batches, DataError, FlexureError
+from flexure.calling import call_model, logits_of, seeded, take
+from flexure.contracts import Batches, BudgetError, DataError, FlexureError
 from flexure.measure.bounds import HessianBound, hessian_bound
+from flexure.measure.fields import measuring
 from flexure.measure.over import Summary, over
 from flexure.methods.features import device_of, fingerprint
+from flexure.methods.measured_notes import notes
 from flexure.methods.measured_store import MeasuredStore
 from flexure.methods.measurements_result import Measurements, ModelMeasurements
 from flexure.methods.measures import BOUND, MEASURES, Settings
@@ -47,8 +49,8 @@ RATE_SAMPLES = 256
 each, and it pools over all of them."""
 
 NOISE_SAMPLES = 64
-"""Samples that the gradient's change under noise takes: the bound beside it is some twenty
-measurements of curvature each."""
+"""Samples that the gradient's change under noise takes: for the bound beside it curvature is
+measured at several points a sample (see `gradient_change`)."""
 
 _CACHE_BYTES = 2**30  # inputs up to this size are preprocessed once and kept
 
@@ -81,26 +83,31 @@ def measure_model(
 
     With `against`, every quantity of `model` is compared with that of the other one, sample by
     sample: differences of means with t-intervals, median ratios with intervals from the sign test
-    (norms span decades, so their means are those of few samples), and for what pools over samples
-    (curvature rate, ECE) differences with a paired percentile bootstrap.
+    (norms span decades, so their means are those of few samples), and for the curvature rate, which
+    pools over samples, the difference with a paired percentile bootstrap. The calibration error
+    has no interval: at few samples its bias is larger than what resampling shows.
+
+    The first samples are taken wherever fewer than all are measured: give batches in a random
+    order, not sorted by class.
 
     Args:
         model: a classifier that returns logits.
-        batches: labelled samples `(x, y)`, the same in every pass; a batch's samples go through a
-            measure together.
+        batches: labelled samples `(x, y)` in a random order, the same in every pass; a batch's
+            samples go through a measure together.
         against: another classifier of the same inputs and classes.
         names: what to call the two.
         measures: of the table, and `"bound"`; default: all.
         curvature_samples: samples for the Hessian norm, the first ones; None: all.
-        rate_samples: samples for the curvature rate.
-        noise_samples: samples for the gradient's change under noise.
+        rate_samples: samples for the curvature rate, the first ones.
+        noise_samples: samples for the gradient's change under noise, the first ones.
         tol: relative residual at which a Hessian norm counts as converged.
         radii: of the noise; default: the measure's own.
         directions: of the curvature rate, a sample.
         orders: of the derivatives that the curvature rate is fitted to.
         normalization: of these: `"raw"` or `"factorial"`.
         seed: of everything random; both models get the same draws.
-        memory: bytes that the Hessian norm may hold at once beyond model and inputs.
+        memory: bytes that the Hessian norm, and the gradient's change under noise, may hold at once
+            beyond model and inputs.
         store: folder of finished batches; the same measurement continues from it, bit by bit, also
             with more measures.
         progress: True for a bar on stderr, or a callable (stage, samples done, samples in all).
@@ -108,6 +115,7 @@ def measure_model(
     Raises:
         FlexureError: a wrong argument; a model that no measure fits; or a folder that holds
             batches of another measurement.
+        BudgetError: `memory` is too small for a sample.
         DataError: no samples, labels that the models do not have, or batches that are not the same
             in every pass.
     """
@@ -130,6 +138,8 @@ def measure_model(
     models = _named(names, model, against)
     _check_settings(asked, settings)
     samples = read_samples(batches, "measured", cache_bytes=_CACHE_BYTES)
+    for name, each in models.items():
+        _check_classes(name, each, samples)
     kept = None if store is None else MeasuredStore(store, _parts(models, samples, settings))
     reporter = ProgressReporter(progress if current_processes().is_first else None)
     try:
@@ -142,7 +152,7 @@ def measure_model(
         reporter.close()
     differences = compared(*found, seed=settings.seed) if len(found) == 2 else ()
     told = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    return Measurements(found, differences, tuple(_notes(found)), told)
+    return Measurements(found, differences, tuple(notes(found)), told)
 
 
 def compared(
@@ -202,6 +212,12 @@ class _Bench:
                     summaries[measure] = self._summary(place, name, model, measure)
             except DataError:
                 raise  # the samples are wrong, whatever the model
+            except BudgetError as error:
+                raise BudgetError(
+                    f"expected memory of at least {error.needed:,} bytes for {measure} of {name}, "
+                    f"got {self._settings.memory:,}; raise it, or set no limit",
+                    error.needed,
+                ) from error
             except FlexureError as error:
                 refusals[measure] = _line(error)
             seconds[measure] = time.perf_counter() - start
@@ -301,9 +317,30 @@ def _check_settings(asked: Sequence[str], settings: Settings) -> None:
     with seeded(0):
         fits = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)).eval()
     sample = (torch.ones(1, 2), torch.zeros(1, dtype=torch.int64))
+    free = replace(settings, memory=None)  # what is needed depends on the model
     for measure in asked:
         if measure in MEASURES:
-            over(MEASURES[measure].bind(fits, settings), [sample])
+            over(MEASURES[measure].bind(fits, free), [sample])
+
+
+def _check_classes(name: str, model: nn.Module, samples: Samples) -> None:
+    """Refuses labels that the model does not have before anything is measured.
+
+    Raises:
+        DataError: there are such labels.
+    """
+    x, _ = next(iter(InOrder(samples, device_of(model))))
+    with measuring(model), torch.no_grad():
+        logits = logits_of(call_model(model, x))
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        return  # no classifier: measures say so
+    classes, labels = logits.shape[1], samples.labels
+    if wrong := int((labels >= classes).sum()):
+        raise DataError(
+            f"expected labels from 0 to {classes - 1}, the {classes} classes of {name}, got "
+            f"{int(labels.min())} to {int(labels.max())}, {wrong} of {len(labels)} above them; "
+            f"give the labels that the model was trained on"
+        )
 
 
 def _parts(models: Mapping[str, nn.Module], samples: Samples, settings: Settings) -> dict[str, str]:
@@ -327,23 +364,6 @@ def _looseness(bound: HessianBound | None, curvature: Summary[Any] | None) -> fl
     norms = curvature.result.hessian_norm
     norms = norms[norms.isfinite()]
     return float(bound.looseness(float(norms.max()))) if len(norms) and norms.max() > 0 else None
-
-
-def _notes(models: Sequence[ModelMeasurements]) -> Iterator[str]:
-    """What a reader must know of the numbers."""
-    for model in models:
-        for measure, reason in model.refusals.items():
-            yield f"{model.name} has no {measure}: {reason}"
-        for measure, summary in model.summaries.items():
-            missed = int((~summary.result.converged).sum())
-            if missed:
-                of = f"{missed} of {len(summary)} samples of {measure}"
-                yield f"{model.name}: {of} did not converge"
-            if (caution := MEASURES[measure].caution(summary.result)) is not None:
-                yield f"{model.name}: {caution}"
-    for measure, summary in models[0].summaries.items():
-        if len(summary) < models[0].samples:
-            yield f"{measure}: the first {len(summary)} of {models[0].samples} samples"
 
 
 def _line(error: Exception) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flexure.methods.paired import QuantityDifference, QuantityEstimate
+from flexure.methods.paired import MEAN, POOLED, SHARE, QuantityDifference, QuantityEstimate
 from flexure.record import to_json
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ class Row:
     """One line of the table.
 
     Attributes:
-        label: the quantity, its statistic, and which setting where there are several.
+        label: the quantity, its statistic where it is not plain, and which setting where there
+            are several.
         estimates: of each model; None for one that does not have it.
         difference: of the first to the second; None without one.
     """
@@ -96,7 +97,7 @@ class Measurements:
         differences: how the first compares with the second, each with its interval over samples;
             empty for one model.
         notes: what a reader must know: refusals, measures on fewer samples, samples that did not
-            converge.
+            converge or have no value, means that few samples carry.
         settings: what the measures were told (seed, tolerance, radii, orders, limits), by name.
     """
 
@@ -111,10 +112,13 @@ class Measurements:
         return self.models[0].samples
 
     def rows(self) -> list[Row]:
-        """The table of all quantities."""
+        """The table of all quantities: measure by measure, what has several settings by these."""
         # The model that has most comes first, so that what others lack stays in its place.
         complete = sorted(self.models, key=lambda model: -len(model.estimates))
-        known = {_key(one): one for model in complete for one in model.estimates}
+        every = [one for model in complete for one in model.estimates]
+        measures = list(dict.fromkeys(one.measure for one in every))
+        every.sort(key=lambda one: (measures.index(one.measure), one.at or 0.0))
+        known = {_key(one): one for one in every}
         several = Counter((one.measure, one.quantity, one.at) for one in known.values())
         found = [{_key(one): one for one in model.estimates} for model in self.models]
         differences = {_key(one): one for one in self.differences}
@@ -144,7 +148,10 @@ class Measurements:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in (head, *cells)
         ]
-        told = f"{self.samples} samples; 95 % intervals over samples in brackets"
+        told = (
+            f"{self.samples} samples; means over samples unless stated; 95 % intervals over "
+            f"samples in brackets"
+        )
         return "\n".join([told, *lines, *(f"Note: {note}" for note in self.notes)])
 
     def _bound_cells(self) -> list[list[str]]:
@@ -155,7 +162,10 @@ class Measurements:
         empty = [""] if len(self.models) > 1 else []
         return [
             [label, *("–" if v is None else f"{v:.4g}" for v in values), *empty]
-            for label, values in (("bound of the Hessian norm", bounds), ("its looseness", loose))
+            for label, values in (
+                ("bound of the Hessian norm (nats / input unit²)", bounds),
+                ("that bound over the largest Hessian norm found", loose),
+            )
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,8 +178,11 @@ def _key(one: QuantityEstimate) -> tuple[str, str, str, float | None]:
 
 
 def _label(one: QuantityEstimate, several: bool) -> str:
-    place = "" if one.at is None else f" {one.at:g}"
-    return f"{one.label}{place}" + (f", {one.statistic}" if several else "")
+    return one.label + (f", {one.statistic}" if several or one.statistic not in _PLAIN else "")
+
+
+_PLAIN = (MEAN.name, POOLED.name, SHARE.name)
+"""Statistics that a label need not name, if there is no other of the same quantity."""
 
 
 def _text(cell: QuantityEstimate | None) -> str:

@@ -5,30 +5,32 @@ A measure joins by one row. What it computes is its own module's, below this flo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
-from flexure.contracts import Measure
+from flexure.contracts import FlexureError, Measure
 from flexure.measure.calibration import Calibration, calibration
 from flexure.measure.curvature import Curvature, curvature
 from flexure.measure.rate import CurvatureRate, curvature_rate
 from flexure.measure.robustness_of_gradients import GradientChange, gradient_change
-from flexure.methods.paired import (
-    MEAN,
-    MEDIAN,
-    POOLED,
-    Quantity,
-)
+from flexure.methods.paired import MEAN, MEDIAN, PLUG_IN, POOLED, SHARE, Quantity
 from flexure.per_sample import PerSample
 
-__all__ = ["BOUND", "MEASURES", "MeasureRow", "Settings"]
+__all__ = ["BOUND", "FEW", "MEASURES", "MeasureRow", "Settings"]
 
 BOUND = "bound"
 """The name of the one measure that needs no samples (`hessian_bound`)."""
+
+FEW = 10
+"""Equal samples below which neither a bootstrap nor a t-interval over samples is a guide. Of
+log-normal values whose effective number is at least this, t-intervals hold the mean in three of
+four draws or more, of others in fewer (simulated in the tests of `measured_notes.py`)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Settings:
         directions: of the curvature rate, for each sample.
         orders: of the derivatives that the curvature rate is fitted to.
         normalization: of these, `"raw"` or `"factorial"`.
-        memory: bytes that the Hessian norm may hold at once; None: no limit.
+        memory: bytes that the Hessian norm and the noise may hold at once; None: no limit.
         limits: measure -> how many samples it takes, the first ones; absent: all.
         seed: of everything random.
     """
@@ -89,17 +91,26 @@ def _rate(model: nn.Module, settings: Settings) -> Any:
 
 def _gradient_change(model: nn.Module, settings: Settings) -> Measure:
     given: dict[str, Any] = {} if settings.radii is None else {"radii": settings.radii}
-    return partial(gradient_change, model, tol=settings.tol, **given)
+    return partial(gradient_change, model, tol=settings.tol, memory=settings.memory, **given)
 
 
 def _calibration(model: nn.Module, settings: Settings) -> Measure:
     return partial(calibration, model)
 
 
-def _carried_by_few(found: CurvatureRate) -> str | None:
-    """Squares of derivatives span decades, so that a few samples may decide the rate."""
+def _about_rate(found: CurvatureRate) -> str | None:
+    """Why there is none; or that a few samples decide it: squares of derivatives span decades."""
+    try:
+        rate = found.rate
+    except FlexureError as error:
+        return f"the curvature rate is not defined: {error}"
+    if math.isnan(rate):
+        return "the curvature rate is not defined: no sample has finite derivatives"
+    if math.isinf(rate):
+        orders = ", ".join(map(str, found.vanishing))
+        return f"the curvature rate is {rate}: derivatives of order {orders} are exactly zero"
     effective = float(found.effective_samples.min())
-    if effective >= _FEW:
+    if effective >= FEW:
         return None
     return (
         f"few samples decide the curvature rate: as few as {effective:.1f} equal ones would carry "
@@ -107,30 +118,54 @@ def _carried_by_few(found: CurvatureRate) -> str | None:
     )
 
 
-_FEW = 10  # equal samples; with fewer, a bootstrap over samples is no guide
+def _about_calibration(found: Calibration) -> str:
+    """The level of the ECE: what a perfectly calibrated network would show."""
+    generator = torch.Generator().manual_seed(0)
+    draws = (
+        replace(found, correct=torch.bernoulli(found.confidence, generator=generator) > 0)
+        for _ in range(_DRAWS)
+    )
+    level = sum(draw.ece for draw in draws) / _DRAWS
+    return (
+        f"the plug-in calibration error is biased upward at few samples: a perfectly calibrated "
+        f"network with these confidences would show {level:.4g} on average on {len(found)}"
+    )
+
+
+_DRAWS = 300  # of labels; the mean of so many is known to a few percent of their spread
 
 _OF_NORMS = (MEDIAN, MEAN)  # norms span decades: a mean of them is that of few samples
+
+_RELATIVE = ("zero_gradient", "the gradient is exactly zero, and they are relative to it")
+
+_NOISE = ("radii", ", noise of {at} input units", _RELATIVE)
 
 MEASURES: dict[str, MeasureRow] = {
     "curvature": MeasureRow(
         _curvature,
         Curvature,
         (
-            Quantity("normalized", "normalised curvature", _OF_NORMS),
-            Quantity("hessian_norm", "Hessian norm", _OF_NORMS),
-            Quantity("gradient_norm", "gradient norm", _OF_NORMS),
+            Quantity(
+                "normalized", "normalised curvature (1 / input unit)", _OF_NORMS, masked=_RELATIVE
+            ),
+            Quantity("hessian_norm", "Hessian norm (nats / input unit²)", _OF_NORMS),
+            Quantity("gradient_norm", "gradient norm (nats / input unit)", _OF_NORMS),
         ),
     ),
     "rate": MeasureRow(
         _rate,
         CurvatureRate,
         (Quantity("rate", "curvature rate", (POOLED,)),),
-        _carried_by_few,
+        _about_rate,
     ),
     "gradient_change": MeasureRow(
         _gradient_change,
         GradientChange,
-        (Quantity("change", "relative gradient change under noise", (MEAN,), "radii"),),
+        (
+            Quantity("change", "relative gradient change", (MEAN,), *_NOISE),
+            Quantity("estimated_bound", "its estimated bound", (MEDIAN,), *_NOISE),
+            Quantity("violations", "share of samples above that bound", (SHARE,), *_NOISE),
+        ),
     ),
     "calibration": MeasureRow(
         _calibration,
@@ -138,8 +173,9 @@ MEASURES: dict[str, MeasureRow] = {
         (
             Quantity("correct", "accuracy", (MEAN,)),
             Quantity("nll", "negative log-likelihood (nats)", (MEAN,)),
-            Quantity("ece", "expected calibration error", (POOLED,)),
+            Quantity("ece", "expected calibration error", (PLUG_IN,)),
         ),
+        _about_calibration,
     ),
 }
 """Measure -> its row."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flexure.contracts import FlexureError
+from flexure.measure.intervals import t_interval, wilson_interval
 from flexure.measure.over import Summary
 from flexure.per_sample import PerSample
 
@@ -23,7 +24,9 @@ __all__ = [
     "LEVEL",
     "MEAN",
     "MEDIAN",
+    "PLUG_IN",
     "POOLED",
+    "SHARE",
     "Quantity",
     "QuantityDifference",
     "QuantityEstimate",
@@ -45,14 +48,17 @@ class QuantityEstimate:
     Attributes:
         measure: the measure's name in the table of measures.
         quantity: the name of the field, or of the pooled property, of the measure's result.
-        statistic: what `value` is: `"mean"`, `"median"`, or `"pooled"` (over samples, by the
-            measure's own rule).
+        statistic: what `value` is: `"mean"`, `"median"`, `"share"` (of samples where the quantity
+            is above 0), `"pooled"` (over samples, by the measure's own rule), or `"plug-in"`
+            (pooled likewise, but biased at few samples, so that no interval over the draw of
+            samples is told).
         value: the estimate.
-        low: lower end of the interval.
-        high: upper end.
-        samples: that it rests on: those with a finite value.
+        low: lower end of the interval; nan where there is none.
+        high: upper end, likewise.
+        samples: that it rests on: those with a value. Infinite ones have one; for what is pooled,
+            all samples of the measure.
         at: where the quantity has a value for each of several settings (radii), which of them.
-        label: the quantity in words.
+        label: the quantity in words, with its unit.
         level: of the interval.
     """
 
@@ -67,17 +73,30 @@ class QuantityEstimate:
     label: str
     level: float = LEVEL
 
+    @property
+    def has_interval(self) -> bool:
+        """Whether it has an interval: not at one sample, and not where a statistic has none."""
+        return not (math.isnan(self.low) or math.isnan(self.high))
+
     def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+        return "not defined" if math.isnan(self.value) else self._told()
+
+    def _told(self, sign: str = "") -> str:
+        """Value and interval; of a difference with its sign."""
+        text = f"{self.value:{sign}.4g}"
+        if not self.has_interval:
+            return text
+        return f"{text} [{self.low:{sign}.4g}, {self.high:{sign}.4g}]"
 
 
 @dataclass(frozen=True)
 class QuantityDifference(QuantityEstimate):
     """How one quantity of a model compares with that of another on the same samples.
 
-    `value` is the difference of the means, or of what is pooled: the model's minus the other's.
-    For the statistic `"median"` it is the median of the samples' ratios: the model's value over the
-    other's. `samples` are the pairs where both values are finite.
+    `value` is the difference of the means, of the shares, or of what is pooled: the model's minus
+    the other's. For the statistic `"median"` it is the median of the samples' ratios: the model's
+    value over the other's. `samples` are the pairs that have a difference or a ratio: not those
+    where a value is missing, and not 0/0 or inf/inf.
     """
 
     @property
@@ -92,13 +111,15 @@ class QuantityDifference(QuantityEstimate):
 
     @property
     def certain(self) -> bool:
-        """Whether the interval leaves that value out; one of nan does not."""
+        """Whether the interval leaves that value out; without one it is not said."""
         return self.low > self.neutral or self.high < self.neutral
 
-    def __str__(self) -> str:
-        sign = "" if self.is_ratio else "+"
-        text = f"{self.value:{sign}.4g} [{self.low:{sign}.4g}, {self.high:{sign}.4g}]"
-        return f"times {text}" if self.is_ratio else text
+    def _told(self, sign: str = "+") -> str:
+        if not self.is_ratio:
+            return super()._told(sign)
+        if math.isinf(self.value):
+            return "infinite ratios at half of the samples or more"
+        return f"times {super()._told()}"
 
 
 class Interval(NamedTuple):
@@ -138,19 +159,24 @@ class Quantity:
         label: in words, with its unit where it has one.
         statistics: what is told of it.
         places: for a field (B, K): the setting of the result that names the K columns.
+        place: what the label adds for a column; `{at}` in it stands for that column's setting.
+        masked: the boolean field of the result that is true where a sample has no value by
+            definition, and why that is so.
     """
 
     name: str
     label: str
     statistics: tuple[Statistic, ...]
     places: str | None = None
+    place: str = ", {at}"
+    masked: tuple[str, str] | None = None
 
     def estimates(
         self, measure: str, summary: Summary[Any], *, seed: int
     ) -> list[QuantityEstimate]:
         """What one model has; several for a field with several columns."""
         return [
-            QuantityEstimate(measure, self.name, statistic.name, *one, at, self.label)
+            QuantityEstimate(measure, self.name, statistic.name, *one, at, self.labelled(at))
             for statistic in self.statistics
             for one, at in self._placed(statistic.of(summary, self.name, seed), summary)
         ]
@@ -169,10 +195,14 @@ class Quantity:
                 f"{len(second)}; measure both on the same batches"
             )
         return [
-            QuantityDifference(measure, self.name, statistic.name, *one, at, self.label)
+            QuantityDifference(measure, self.name, statistic.name, *one, at, self.labelled(at))
             for statistic in self.statistics
             for one, at in self._placed(statistic.between(first, second, self.name, seed), first)
         ]
+
+    def labelled(self, at: float | None) -> str:
+        """The label of one column."""
+        return self.label + ("" if at is None else self.place.format(at=f"{at:.3g}"))
 
     def _placed(
         self, found: list[Interval], summary: Summary[Any]
@@ -182,7 +212,7 @@ class Quantity:
 
 
 def _mean(summary: Summary[Any], name: str, seed: int) -> list[Interval]:
-    """The mean with its t-interval; of a share, Wilson's."""
+    """The mean with its t-interval; of a boolean field, Wilson's."""
     ends = summary.interval(name, level=LEVEL)
     return _listed(summary.mean[name], *ends, summary.defined[name])
 
@@ -230,9 +260,57 @@ def _pooled_difference(
     return [_bootstrap(difference, len(first), seed)]
 
 
+def _plug_in(summary: Summary[Any], name: str, seed: int) -> list[Interval]:
+    """Such a property of these samples alone."""
+    return [Interval(_value(summary.result, name), math.nan, math.nan, len(summary))]
+
+
+def _plug_in_difference(
+    first: Summary[Any], second: Summary[Any], name: str, seed: int
+) -> list[Interval]:
+    difference = _value(first.result, name) - _value(second.result, name)
+    return [Interval(difference, math.nan, math.nan, len(first))]
+
+
+def _share(summary: Summary[Any], name: str, seed: int) -> list[Interval]:
+    """The share of samples where the quantity is above 0, with Wilson's interval."""
+    found = []
+    for column in _columns(summary, name):
+        hits = _hits(column)
+        n = torch.tensor(len(hits))
+        ends = wilson_interval(hits.sum(), n, level=LEVEL)
+        found += _listed(hits.mean(), *ends, n)
+    return found
+
+
+def _share_difference(
+    first: Summary[Any], second: Summary[Any], name: str, seed: int
+) -> list[Interval]:
+    """Of the shares; the t-interval with one more sample of +1 and of −1 (`Summary.paired`)."""
+    found = []
+    for x, y in zip(_columns(first, name), _columns(second, name), strict=True):
+        both = ~(x.isnan() | y.isnan())
+        differences = _hits(x[both]) - _hits(y[both])
+        wide = torch.cat([differences, differences.new_tensor([1.0, -1.0])])
+        n = torch.tensor(len(wide))
+        low, high = t_interval(wide.mean(), wide.std() / n.sqrt(), n, level=LEVEL)
+        mean = differences.mean()
+        found += _listed(mean, low.minimum(mean), high.maximum(mean), n - 2)
+    return found
+
+
+def _hits(values: Tensor) -> Tensor:
+    return (values[~values.isnan()] > 0).double()
+
+
 MEAN = Statistic("mean", _mean, _mean_difference)
 MEDIAN = Statistic("median", _median, _median_ratio)
 POOLED = Statistic("pooled", _pooled, _pooled_difference)
+
+PLUG_IN = Statistic("plug-in", _plug_in, _plug_in_difference)
+"""Pooled without an interval: resampling does not show a bias, and adds one of its own."""
+
+SHARE = Statistic("share", _share, _share_difference)
 
 
 def _listed(*columns: Tensor) -> list[Interval]:

@@ -62,8 +62,8 @@ class Store:
         if different:
             raise FlexureError(
                 f"expected {str(self.folder)!r} to hold {holds} of this {work}, got one with "
-                f"another {_differences(different, found, fingerprint)}; give another folder to "
-                f"resume from, or delete this one"
+                f"another {_differences(different, found, fingerprint)}; give another folder, or "
+                f"delete {str(self.folder)!r} to start anew"
             )
 
     def get(self, part: str) -> dict[str, Tensor] | None:
