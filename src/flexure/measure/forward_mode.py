@@ -30,8 +30,6 @@ class ForwardMode(TorchFunctionMode):
     ) -> Any:
         if torch._C._are_functorch_transforms_active() or _beneath_autograd():
             return function(*args, **(kwargs or {}))
-        for argument in args:
-            _forget(argument)  # functions of autograd are not seen here, but what uses them is
         out = _light(function, args)(*args, **(kwargs or {}))
         _forget(out)
         return out

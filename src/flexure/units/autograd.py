@@ -19,12 +19,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flexure.units import blocked, plain
+from flexure.units.layout import DEVICE_BLOCK
 from flexure.units.plain import Dial
 
 __all__ = ["centered_softplus", "ctu", "only_input_moves"]
 
-PIECE = 1 << 17
-"""Elements at a time of a tangent's formula, which makes a dozen temporaries of their size."""
+PIECE = 1 << 15
+"""Elements at a time of a tangent's formula, which makes a dozen temporaries of their size.
+
+On the CPU; elsewhere as many as the units' own blocks have, where launching them is what costs.
+"""
 
 
 def ctu(x: Tensor, beta: Dial, c: Dial, target: Tensor | None = None) -> Tensor:
@@ -177,7 +181,8 @@ def _bent(
         bent = g * of.curvature(x, *dials) * tangent
         return bent if total is None else total + bent
     total = torch.zeros_like(x) if total is None else total
-    rows = max(1, PIECE * len(x) // max(x.numel(), 1))
+    piece = PIECE if x.device.type == "cpu" else DEVICE_BLOCK
+    rows = max(1, piece * len(x) // max(x.numel(), 1))
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
         own = (_part(dial, x, part) for dial in dials)
