@@ -482,3 +482,62 @@ def test_arguments_are_checked() -> None:
     ]:  # fmt: skip
         with pytest.raises(FlexureError, match="expected"):
             jet(f, bad_x, bad_v, order=order)
+
+
+def exponentials_of_a_projection(x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Functions with f'' = f, and the signs of their derivatives' arguments: (even, odd) orders."""
+    u = x[:, 0]
+    return {
+        "exp": (u.exp(), u.exp()),
+        "sinh": (u.sinh(), u.cosh()),
+        "cosh": (u.cosh(), u.sinh()),
+    }
+
+
+@pytest.mark.parametrize("order", [21, 32, 170])
+@pytest.mark.parametrize("name", ["exp", "sinh", "cosh"])
+def test_high_orders(name: str, order: int) -> None:
+    """Factorials above 20! are no machine integers."""
+    x = torch.tensor([[0.3], [-2.0]], dtype=torch.float64)
+    even, odd = exponentials_of_a_projection(x)[name]
+    found = jet(lambda x: exponentials_of_a_projection(x)[name][0], x, torch.ones_like(x),
+                order=order)  # fmt: skip
+    torch.testing.assert_close(found[0::2], even.expand_as(found[0::2]), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found[1::2], odd.expand_as(found[1::2]), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("unit", ["ctu", "softplus"])
+def test_high_orders_of_units_with_tensors_of_dials(unit: str) -> None:
+    """Against the series of the same unit with a number for its dial."""
+    x = torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None]
+    beta = 0.6 if unit == "ctu" else 1.5
+
+    def f(x: Tensor, dial: Any) -> Tensor:
+        y = units.ctu(x, dial, 0.4) if unit == "ctu" else units.centered_softplus(x, dial)
+        return y.sum(1)
+
+    v = torch.ones_like(x)
+    dial = torch.tensor(beta, dtype=torch.float64)
+    number = jet(lambda x: f(x, beta), x, v, order=40)
+    tensor = jet(lambda x: f(x, dial), x, v, order=40)
+    assert number.isfinite().all()
+    torch.testing.assert_close(tensor, number, rtol=1e-12, atol=0)
+
+
+def test_single_precision_has_derivatives_above_its_factorials() -> None:
+    x = torch.tensor([[0.0]])
+    found = jet(lambda x: 1e-30 / (1 - x[:, 0]), x, torch.ones_like(x), order=37)
+    truth = [1e-30 * math.factorial(n) for n in range(33, 38)]
+    assert found[33:, 0].tolist() == pytest.approx(truth, rel=1e-5)
+    square = jet(lambda x: x.square().sum(1), x, torch.ones_like(x), order=40)
+    assert square[3:].tolist() == [[0.0]] * 38
+
+
+def test_orders_beyond_float64_are_refused() -> None:
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    with pytest.raises(FlexureError, match="orders up to 170, got 171"):
+        jet(lambda x: x.exp().sum(1), x, x, order=171)
+    with pytest.raises(FlexureError, match="orders up to 170, got 200"):
+        flexure.curvature_rate(lambda x: x.exp().sum(1), x, orders=(1, 200))
+    with pytest.raises(FlexureError, match=r"order 150, got one that is not .*lower order"):
+        jet(lambda x: F.softplus(x, beta=1000.0).sum(1), x, x, order=150)

@@ -23,7 +23,7 @@ from flexure.measure.jet_reductions import REDUCTIONS
 from flexure.measure.jet_rules import ARITHMETIC
 from flexure.measure.propagate import GENERAL, Carrying, Unsupported, rule_table
 
-__all__ = ["Jet", "jet"]
+__all__ = ["Jet", "jet", "taylor_coefficients"]
 
 
 class Jet(Carrying):
@@ -56,7 +56,7 @@ def jet(f: Callable[[Tensor], Any], x: Tensor, v: Tensor, *, order: int) -> Tens
             with torch, or a model in eval mode, which is not changed. Its own code is run.
         x: (B, *shape), float32 or float64, the points.
         v: like x, the directions; of any length.
-        order: the highest n, >= 0.
+        order: the highest n, from 0 to 170, where n! leaves float64.
 
     Returns:
         `(order + 1, B)`, in the dtype of f's value; row n is the n-th derivative.
@@ -65,7 +65,7 @@ def jet(f: Callable[[Tensor], Any], x: Tensor, v: Tensor, *, order: int) -> Tens
         FlexureError: an operation that jets cannot pass, by its name and that of the module that
             calls it: one with kinks (ReLU, max-pooling: Dⁿf is 0 almost everywhere for n >= 2),
             a branch on values, or one without a rule. Or x, v, order or f's value are not as
-            above.
+            above, or a factor in the coefficients of this order leaves float64.
 
     Example:
         >>> import torch
@@ -73,17 +73,46 @@ def jet(f: Callable[[Tensor], Any], x: Tensor, v: Tensor, *, order: int) -> Tens
         >>> jet(lambda x: torch.exp(x).sum(1), x, v, order=3)[:, 0]
         tensor([3., 3., 3., 3.], dtype=torch.float64)
     """
+    coefficients, _ = taylor_coefficients(f, x, v, order=order)
+    factorials = [float(math.factorial(n)) for n in range(order + 1)]
+    # In float32, factorials overflow before the derivatives do.
+    wide = coefficients.double()
+    return (wide * wide.new_tensor(factorials)[:, None]).to(coefficients.dtype)
+
+
+def taylor_coefficients(
+    f: Callable[[Tensor], Any], x: Tensor, v: Tensor, *, order: int
+) -> tuple[Tensor, tuple[bool, ...]]:
+    """The coefficients of t⁰, ..., tⁿ in f(x + t·v): the derivatives of `jet` over n!.
+
+    Args:
+        f: as for `jet`.
+        x: likewise.
+        v: likewise.
+        order: likewise.
+
+    Returns:
+        `(order + 1, B)`, in the dtype of f's value; and for each order whether it was computed:
+        where not, it is zero by the form of f (a polynomial's), and not by rounding.
+
+    Raises:
+        FlexureError: as for `jet`.
+    """
     _check(x, v, order)
     seed = Jet.of(x, (v, *(None,) * (order - 1)) if order else ())
     with torch.autocast(x.device.type, enabled=False), _uncompiled():
-        y = f(seed)
+        try:
+            y = f(seed)
+        except OverflowError as error:  # of Python's numbers: beta ** order
+            raise FlexureError(
+                f"expected factors within float64 in the Taylor coefficients of order {order}, "
+                f"got one that is not ({error}); give a lower order"
+            ) from error
     y = _as_column(logits_of(y), len(x))
     if not isinstance(y, Jet):
         y = _constant(seed, y)
     rows = [torch.zeros_like(y.primal) if c is None else c for c in y.carried]
-    return torch.stack(
-        [y.primal, *(float(math.factorial(n)) * c for n, c in enumerate(rows, start=1))]
-    )
+    return torch.stack([y.primal, *rows]), (True, *(c is not None for c in y.carried))
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -133,6 +162,14 @@ def _check(x: Any, v: Any, order: Any) -> None:
         raise FlexureError(
             f"expected an order of derivatives 0, 1, 2, ..., got {order!r}; 4 is a common choice"
         )
+    if order > _HIGHEST:
+        raise FlexureError(
+            f"expected derivatives of orders up to {_HIGHEST}, got {order}: the factorials of "
+            f"higher ones leave float64; give lower orders"
+        )
 
 
 _DTYPES = (torch.float32, torch.float64)
+
+_HIGHEST = 170
+"""171! is above the largest number of float64."""

@@ -212,7 +212,7 @@ def _by_series(function: Callable[[Series], Series]) -> Callable[..., Coefficien
 
 def _exp(x: Tensor, order: int) -> Coefficients:
     value = torch.exp(x)
-    return [value / math.factorial(k) for k in range(order + 1)]
+    return [value / float(math.factorial(k)) for k in range(order + 1)]
 
 
 def _sin(x: Tensor, order: int, shift: int = 0) -> Coefficients:
@@ -226,7 +226,7 @@ def _sin(x: Tensor, order: int, shift: int = 0) -> Coefficients:
 
 def _sinh(x: Tensor, order: int, shift: int = 0) -> Coefficients:
     cycle = (torch.sinh(x), torch.cosh(x))
-    return [cycle[(k + shift) % 2] / math.factorial(k) for k in range(order + 1)]
+    return [cycle[(k + shift) % 2] / float(math.factorial(k)) for k in range(order + 1)]
 
 
 def _tanh(x: Tensor, order: int) -> Coefficients:

@@ -75,8 +75,8 @@ def ctu_coefficients(x: Tensor, beta: Dial, c: Dial, order: int) -> list[Tensor]
     gated, soft = sigmoid_derivatives(u, order), sigmoid_derivatives(wide * gamma, order - 1)
     for k in range(1, order + 1):
         by_u = torch.addcmul(gated[k - 1], u, gated[k], value=1.0 / k)
-        first = c * eta ** (k - 1) / math.factorial(k - 1)
-        second = (1.0 - c) * gamma ** (k - 1) / math.factorial(k)
+        first = c * eta ** (k - 1) / float(math.factorial(k - 1))
+        second = (1.0 - c) * gamma ** (k - 1) / float(math.factorial(k))
         found.append(_mixed(by_u, first, soft[k - 1], second).to(x.dtype))
     return found
 
@@ -113,5 +113,5 @@ def centered_softplus_coefficients(x: Tensor, beta: Dial, order: int) -> list[Te
     wide = x.to(plain.working_dtype(x))
     rate = beta.to(wide.dtype) if isinstance(beta, Tensor) else beta
     for k, slope in enumerate(sigmoid_derivatives(rate * wide, order - 1), start=1):
-        found.append((slope * (rate ** (k - 1) / math.factorial(k))).to(x.dtype))
+        found.append((slope * (rate ** (k - 1) / float(math.factorial(k)))).to(x.dtype))
     return found
