@@ -127,7 +127,7 @@ def test_the_librarys_measures_take_their_models_by_partial():
     rates = over(functools.partial(flexure.curvature_rate, model, directions=2), given).result
     assert rates.squares.shape == (18, 4)
     norms = rates.squares.mean(0).log() / 2  # over all samples, before the logarithm
-    factors = replace(rates, squares=torch.ones_like(rates.squares)).log_norms
+    factors = replace(rates, log_squares=torch.zeros_like(rates.squares)).log_norms
     slope = np.polyfit([1, 2, 3, 4], (norms + factors).numpy(), 1)[0]
     assert rates.rate == pytest.approx(slope, rel=1e-9)
 

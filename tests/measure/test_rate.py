@@ -60,6 +60,12 @@ def test_band_limited_signal(highest: int, expected: float) -> None:
     assert found.rate == pytest.approx(expected, abs=5e-5)
 
 
+def test_orders_far_apart() -> None:
+    found = curvature_rate(lambda x: torch.exp(2 * x[:, 0]), period(), orders=(1, 21, 170))
+    assert found.rate == pytest.approx(math.log(2), abs=1e-9)
+    assert found.converged.all()
+
+
 @pytest.mark.parametrize("orders", [(1, 2, 3, 4), (2, 5), (1, 3, 4, 8)])
 def test_radius_of_convergence(orders: tuple[int, ...]) -> None:
     x = torch.full((1, 1), 0.3, dtype=torch.float64)
@@ -216,6 +222,72 @@ def test_sure_sample_keeps_its_derivatives() -> None:
     assert exact.min() > 0
 
 
+def sure_linear(dtype: torch.dtype, margin: float) -> tuple[nn.Module, Tensor]:
+    """Two classes; p = sigmoid(m), m = w.x, with m = `margin` at every sample."""
+    model = nn.Linear(2, 2, bias=False)
+    model.weight.data = torch.tensor([[1.0, 0.25], [0.0, 0.0]])
+    return model.to(dtype), torch.tensor([[margin, 0.0], [margin - 1, 4.0]], dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("margin", [120.0, 300.0, 800.0, 1e4])
+def test_no_margin_is_too_sure(dtype: torch.dtype, margin: float) -> None:
+    """p = 1 - e^-m + ...: |D^n p| is e^-m |w.v|^n, which no dtype has at these margins."""
+    model, x = sure_linear(dtype, margin)
+    found = curvature_rate(model, x)
+    assert found.converged.all()
+    assert found.log_norms.mean().item() == pytest.approx(-margin, rel=0.1)
+    plane = curvature_rate(lambda x: torch.exp(-x[:, 0] - 0.25 * x[:, 1]), 0 * x)
+    assert found.rate == pytest.approx(plane.rate, abs=1e-4 if dtype == torch.float32 else 1e-9)
+    assert plane.rate == pytest.approx(0.0, abs=0.3)
+    assert math.isfinite(found.error)
+
+
+def test_sure_and_unsure_samples_pool() -> None:
+    """In float32 as in float64, and those that are sure add nothing."""
+    model, x = sure_linear(torch.float32, 120.0)
+    x = torch.cat([x, x / 100])
+    found = curvature_rate(model, x)
+    exact = curvature_rate(copy.deepcopy(model).double(), x.double())
+    torch.testing.assert_close(found.log_squares, exact.log_squares, rtol=1e-4, atol=1e-3)
+    assert found.rate == pytest.approx(exact.taken(slice(2, None)).rate, abs=1e-4)
+    assert found.effective_samples.max() <= 2 + 1e-9
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1.0, 1e160, 1e300])
+def test_squares_beyond_float64(scale: float) -> None:
+    x = torch.linspace(0.0, 1.0, 7, dtype=torch.float64)[:, None]
+    found = curvature_rate(lambda x: scale * torch.exp(2 * x[:, 0]), x)
+    assert found.converged.all()
+    assert found.rate == pytest.approx(math.log(2), abs=1e-9)
+    assert found.fit_residual < 1e-9
+    assert found.error == pytest.approx(0.0, abs=1e-9)
+    assert found.effective_samples.tolist() == pytest.approx(
+        curvature_rate(lambda x: torch.exp(2 * x[:, 0]), x).effective_samples.tolist()
+    )
+    halves = found.taken(slice(0, 3)), found.taken(slice(3, None))
+    assert CurvatureRate.joined(halves).rate == found.rate
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.exp(-x[:, 0].square()),  # at 20: value and derivatives
+        lambda x: 1.0 + torch.exp(1e-12 * x[:, 0]),  # the fourth alone
+        lambda x: torch.softmax(torch.stack([6 * x[:, 0], 0 * x[:, 0]], 1), 1)[:, 1],
+    ],
+)
+def test_what_underflows_in_f_is_no_polynomial(f: Callable[[Tensor], Tensor]) -> None:
+    x = torch.full((3, 1), 20.0)
+    found = curvature_rate(f, x)
+    assert not found.converged.any()
+    assert math.isnan(found.rate)
+    assert "not defined: derivatives overflow or underflow" in str(found)
+    wide = curvature_rate(f, x.double())
+    assert wide.converged.all()
+    assert math.isfinite(wide.rate)
+
+
 def test_chunks_and_batches() -> None:
     model, x = network(1, (3, 6, 3), nn.Tanh), points(7, 3)
     whole = curvature_rate(model, x, directions=3)
@@ -272,10 +344,10 @@ def test_error_is_the_jackknife() -> None:
 
 def test_effective_samples() -> None:
     squares = torch.tensor([[1.0, 4.0], [1.0, 0.0], [1.0, 0.0], [1.0, 4.0]], dtype=torch.float64)
-    found = CurvatureRate(torch.ones(4).bool(), squares, (1, 2), "raw", True, 3, 2, "rms")
+    found = CurvatureRate(torch.ones(4).bool(), squares.log(), (1, 2), "raw", True, 3, 2, "rms")
     assert found.effective_samples.tolist() == [4.0, 2.0]
     assert "4 of 4 samples (2.0 effective)" in str(found)
-    assert replace(found, squares=0 * squares).effective_samples.tolist() == [0.0, 0.0]
+    assert replace(found, log_squares=(0 * squares).log()).effective_samples.tolist() == [0.0, 0.0]
     assert found.taken(slice(0, 0)).effective_samples.tolist() == [0.0, 0.0]
 
 

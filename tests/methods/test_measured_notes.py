@@ -143,7 +143,7 @@ def test_the_level_of_the_calibration_error_is_that_of_a_calibrated_network() ->
 def rates(squares: Tensor) -> flexure.CurvatureRate:
     return flexure.CurvatureRate(
         converged=torch.ones(len(squares), dtype=torch.bool),
-        squares=squares,
+        log_squares=squares.log(),
         orders=(1, 2, 3, 4),
         directions=2,
         reduction="rms",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,16 +19,38 @@ from flexure.contracts import FlexureError
 from flexure.measure.checks import unchanged_randomness
 from flexure.measure.fields import measuring, point_of
 
-__all__ = ["at_rows", "check_positive", "pieces", "probability_field", "undisturbed"]
+__all__ = [
+    "ScaledField",
+    "at_rows",
+    "check_positive",
+    "pieces",
+    "probability_field",
+    "undisturbed",
+]
 
 
-def probability_field(f: Callable[..., Any], x: Any) -> Callable[[Tensor], Tensor]:
-    """The function (B, *shape) -> (B,) that stands for `f` near `x`; call it inside `undisturbed`.
+@dataclass(frozen=True)
+class ScaledField:
+    """A function whose derivatives are those of another, up to sign and to a scale a sample.
+
+    Attributes:
+        function: (B, *shape) -> (B,).
+        log_scale: (B,) float64; the absolute values of all derivatives, the value left out, are to
+            be multiplied by its exponential.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    log_scale: Tensor
+
+
+def probability_field(f: Callable[..., Any], x: Any) -> ScaledField:
+    """The function that stands for `f` near `x`; call it inside `undisturbed`.
 
     Args:
         f: a function that returns (B,), itself; a model with logits (B, classes): the probability
             of the class that is largest at `x`, which stays the same class away from `x`; a model
-            with one output, (B,) or (B, 1): that output.
+            with one output, (B,) or (B, 1): that output. A probability is scaled, so that its
+            derivatives do not underflow where the model is sure; outputs are not.
         x: an `Example` with one floating-point tensor (B, *shape), which is what the function
             returned is of; the others are held. `f` is called on it once.
 
@@ -42,8 +65,9 @@ def probability_field(f: Callable[..., Any], x: Any) -> Callable[[Tensor], Tenso
 
     with torch.no_grad():
         out = output(point)
+    unscaled = torch.zeros(len(point), dtype=torch.float64, device=out.device)
     if out.shape == point.shape[:1]:
-        return output
+        return ScaledField(output, unscaled)
     is_model = isinstance(f, nn.Module)
     if not is_model or out.dim() != 2 or len(out) != len(point):
         wanted = "(B,), (B, 1) or (B, classes) from the model" if is_model else "(B,) from f"
@@ -52,7 +76,7 @@ def probability_field(f: Callable[..., Any], x: Any) -> Callable[[Tensor], Tenso
             f"function that returns one number for each sample"
         )
     if out.shape[1] == 1:
-        return lambda inputs: output(inputs).squeeze(1)
+        return ScaledField(lambda inputs: output(inputs).squeeze(1), unscaled)
     return _probability(output, out.argmax(1, keepdim=True), out)
 
 
@@ -90,19 +114,21 @@ def check_positive(**settings: int | None) -> None:
             )
 
 
-def _probability(
-    output: Callable[[Tensor], Tensor], top: Tensor, logits: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """1 / (1 + sum over the other classes of exp(z_j - z_top)), a softmax that does not cancel.
+def _probability(output: Callable[[Tensor], Tensor], top: Tensor, logits: Tensor) -> ScaledField:
+    """(1 - p)/e^s = o/(1 + e^s·o), o = sum over the other classes of exp(z_j - z_top - s).
 
-    Of a sure sample's derivatives a softmax would leave only rounding errors. The exponents are
-    not positive at the point where `top` is the largest.
+    p is the softmax of class `top`, and s its largest z_j - z_top at the point. Of a sure sample's
+    derivatives a softmax would leave only rounding errors, and where e^s underflows 1 - p is 0:
+    o, and so this, is between 1/2 and the number of classes at the point.
     """
     others = torch.ones_like(logits).scatter_(1, top, 0.0)
+    gap = (logits - logits.gather(1, top)).scatter(1, top, -torch.inf).amax(1, keepdim=True)
+    gap = gap.masked_fill(gap.isneginf(), 0.0)  # all others are ruled out
+    shift, scale = gap * others, gap.exp()
 
-    def probability(inputs: Tensor) -> Tensor:
+    def odds(inputs: Tensor) -> Tensor:
         z = output(inputs)
-        odds_against = ((z - z.gather(1, top)).exp() * others.to(z)).sum(1)
-        return (1 + odds_against).reciprocal()
+        relative = ((z - z.gather(1, top) - shift.to(z)).exp() * others.to(z)).sum(1)
+        return relative / (1 + scale.to(z)[:, 0] * relative)
 
-    return probability
+    return ScaledField(odds, gap[:, 0].double())

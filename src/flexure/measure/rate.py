@@ -16,8 +16,9 @@ from torch import Generator, Tensor
 
 from flexure.contracts import FlexureError
 from flexure.measure.fields import point_of
-from flexure.measure.jets import jet
+from flexure.measure.jets import taylor_coefficients
 from flexure.measure.probability import (
+    ScaledField,
     at_rows,
     check_positive,
     pieces,
@@ -34,11 +35,14 @@ class CurvatureRate(PerSample):
     """Squares of directional derivatives for each of B samples, and the rate that they pool to.
 
     Attributes:
-        converged: (B,) bool, whether all derivatives of the sample are finite. The others do not
-            count in what is pooled.
-        squares: (B, orders) float64, D^n f(x)[v, ..., v]^2 with unit v, its mean over directions
-            (or its maximum, with `reduction="sup"`). Neither normalised nor calibrated: the
-            properties are.
+        converged: (B,) bool, whether all derivatives of the sample are finite, and none is zero
+            because so small a number does not exist in the dtype of f: where the last derivatives
+            are computed and come out as zero, and the growth of those before leads there. The
+            others do not count in what is pooled.
+        log_squares: (B, orders) float64, log of D^n f(x)[v, ..., v]^2 with unit v, its mean over
+            directions (or its maximum, with `reduction="sup"`); -inf where it is zero. Neither
+            normalised nor calibrated: the properties are. Logarithms, since squares leave the
+            range of float64 long before the derivatives do.
         orders: the n of the columns.
         normalization: `"raw"` (norms of D^n f) or `"factorial"` (of D^n f / n!).
         calibrate: whether norms are multiplied by kappa_n.
@@ -47,13 +51,18 @@ class CurvatureRate(PerSample):
         reduction: `"rms"` or `"sup"`, over directions and samples alike.
     """
 
-    squares: Tensor
+    log_squares: Tensor
     orders: tuple[int, ...]
     normalization: str
     calibrate: bool
     dimension: int
     directions: int
     reduction: str
+
+    @property
+    def squares(self) -> Tensor:
+        """(B, orders) float64: the exponentials of `log_squares`; they may under- and overflow."""
+        return self.log_squares.exp()
 
     @property
     def log_norms(self) -> Tensor:
@@ -64,7 +73,7 @@ class CurvatureRate(PerSample):
         used = self._used
         if not len(used):
             return torch.full_like(self._factors, torch.nan)
-        return _REDUCTIONS[self.reduction](used, 0).log() / 2 + self._factors
+        return _REDUCTIONS[self.reduction](used, 0) / 2 + self._factors
 
     @property
     def vanishing(self) -> tuple[int, ...]:
@@ -100,9 +109,9 @@ class CurvatureRate(PerSample):
         Squares of high derivatives have long tails. Where this is a handful, few samples decide
         the norm, and `error` is too small more often than not: more samples and directions help.
         """
-        total = self._used.sum(0)
-        shares = self._used / total
-        return torch.where(total > 0, 1 / shares.square().sum(0), 0.0)
+        used = self._used
+        carried = used.logsumexp(0) > -math.inf
+        return torch.where(carried, 1 / used.softmax(0).square().sum(0), 0.0)
 
     @property
     def error(self) -> float:
@@ -116,8 +125,8 @@ class CurvatureRate(PerSample):
         used = self._used
         if len(used) < 2 or self.reduction != "rms" or self.vanishing:
             return math.nan
-        rest = _sums_without_each(used / used.mean(0)) / (len(used) - 1)
-        rates = (rest.log() / 2) @ self._weights
+        rest = _log_sums_without_each(used) - used.logsumexp(0)
+        rates = (rest / 2) @ self._weights
         spread = (rates - rates.mean()).square().sum() * (len(used) - 1) / len(used)
         return float(spread.sqrt())
 
@@ -153,17 +162,19 @@ class CurvatureRate(PerSample):
         ]
         if self.vanishing:
             found = f"vanishing at the orders {', '.join(map(str, self.vanishing))}"
+        elif not len(self._used):
+            found = "not defined: derivatives overflow or underflow, which float64 may mend"
         else:
             found = f"{self.rate:.4f} ± {self.error:.4f} (fit residual {self.fit_residual:.3f})"
         return f"curvature rate {found}: {'; '.join(settings)}"
 
     @property
     def _used(self) -> Tensor:
-        return self.squares[self.converged]
+        return self.log_squares[self.converged]
 
     @property
     def _orders(self) -> Tensor:
-        return torch.tensor(self.orders, dtype=torch.float64, device=self.squares.device)
+        return torch.tensor(self.orders, dtype=torch.float64, device=self.log_squares.device)
 
     @property
     def _weights(self) -> Tensor:
@@ -181,7 +192,7 @@ class CurvatureRate(PerSample):
                 for n in self.orders
             ],
             dtype=torch.float64,
-            device=self.squares.device,
+            device=self.log_squares.device,
         )
 
 
@@ -217,7 +228,8 @@ def curvature_rate(
         f: (B, *shape) -> (B,), each sample by itself; or a model: the probability of the class
             that is largest at `x`, held fixed, and for a model with one output that output.
         x: (B, *shape) float32 or float64; or an `Example` with one such tensor, the others held.
-        orders: at least two, increasing, from 1; default of [CR].
+        orders: at least two, increasing, from 1 to 170; default of [CR]. In float32, coefficients
+            of high orders (derivatives over n!) underflow, which `converged` tells.
         directions: unit directions for each sample; every one costs a jet of the highest order.
         normalization: `"raw"`: log of the cut-off frequency for band-limited functions;
             `"factorial"`: v_n / n!, minus the log of the radius of convergence.
@@ -231,8 +243,8 @@ def curvature_rate(
             it, results do not change.
 
     Returns:
-        Squares per sample; `rate`, `error` and `log_norms` pool them. Exact but for the directions:
-        the derivatives are Taylor coefficients, not differences.
+        Logs of squares per sample; `rate`, `error` and `log_norms` pool them. Exact but for the
+        directions: the derivatives are Taylor coefficients, not differences.
 
     Raises:
         FlexureError: bad settings or inputs; `f` returns something else than (B,); or `f` has an
@@ -248,13 +260,17 @@ def curvature_rate(
         parts = [
             (rows, probability_field(f, at_rows(x, rows))) for rows in pieces(len(point), chunk)
         ]
-        found = torch.stack(
-            [_squares(parts, point, _unit(point, drawn_from), ordered) for _ in range(directions)]
+        logs, lost = zip(
+            *(
+                _log_squares(parts, point, _unit(point, drawn_from), ordered)
+                for _ in range(directions)
+            ),
+            strict=True,
         )
-    squares = _REDUCTIONS[reduction](found, 0)
+    log_squares = _REDUCTIONS[reduction](torch.stack(logs), 0)
     return CurvatureRate(
-        converged=squares.isfinite().all(1),
-        squares=squares,
+        converged=(log_squares < math.inf).all(1) & ~torch.stack(lost).any(0),
+        log_squares=log_squares,
         orders=ordered,
         normalization=normalization,
         calibrate=calibrate,
@@ -270,8 +286,11 @@ _NORMALIZATIONS: dict[str, Callable[[int], float]] = {
 }
 """Logs of what derivatives of an order are multiplied by."""
 
-_REDUCTIONS: dict[str, Callable[[Tensor, int], Tensor]] = {"rms": torch.mean, "sup": torch.amax}
-"""What squares are pooled by, over a dimension; both keep nan."""
+_REDUCTIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "rms": lambda logs, dim: logs.logsumexp(dim) - math.log(logs.shape[dim]),
+    "sup": torch.amax,
+}
+"""What logs of squares are pooled by, over a dimension; both keep nan."""
 
 
 def _checked_orders(orders: Sequence[int]) -> tuple[int, ...]:
@@ -299,16 +318,33 @@ def _unit(x: Tensor, generator: Generator) -> Tensor:
     return v.to(x)
 
 
-def _squares(
-    parts: Sequence[tuple[slice, Callable[[Tensor], Tensor]]],
-    x: Tensor,
-    v: Tensor,
-    orders: tuple[int, ...],
-) -> Tensor:
-    """(B, orders) float64: squared derivatives along one direction a sample."""
-    jets = [jet(field, x[rows], v[rows], order=orders[-1]) for rows, field in parts]
-    # In float32, the square of a derivative overflows long before the derivative does.
-    return torch.cat(jets, dim=1)[list(orders)].T.double().square()
+def _log_squares(
+    parts: Sequence[tuple[slice, ScaledField]], x: Tensor, v: Tensor, orders: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """(B, orders) float64 along one direction a sample, and (B,) bool: some have underflowed."""
+    logs, lost = [], []
+    for rows, field in parts:
+        found, computed = taylor_coefficients(field.function, x[rows], v[rows], order=orders[-1])
+        factorials = torch.arange(1, len(found) + 1, device=x.device).double().lgamma()
+        logs.append(2 * (found.double().abs().log() + factorials[:, None] + field.log_scale))
+        lost.append(_underflown(found, computed))
+    return torch.cat(logs, dim=1)[list(orders)].T, torch.cat(lost)
+
+
+def _underflown(coefficients: Tensor, computed: tuple[bool, ...]) -> Tensor:
+    """(B,) whether the last of (N + 1, B) coefficients are zero for want of smaller numbers.
+
+    That is so where the first of these zeros was computed, and what the two last nonzero ones
+    (value included; with one alone, that) lead to is below the dtype's normal numbers.
+    """
+    sizes = coefficients.double().abs()
+    places = torch.arange(len(sizes), device=sizes.device)[:, None].expand_as(sizes)
+    last = torch.where(sizes > 0, places, -1).amax(0)
+    before = torch.where((sizes > 0) & (places < last), places, -1).amax(0)
+    end = sizes.gather(0, last.clamp(min=0)[None])[0]
+    growth = torch.where(before < 0, 1.0, end / sizes.gather(0, before.clamp(min=0)[None])[0])
+    is_computed = torch.tensor((*computed, False), device=sizes.device)[last.clamp(min=0) + 1]
+    return is_computed & (end * growth < torch.finfo(coefficients.dtype).tiny)
 
 
 def _log_calibration(order: int, dimension: int) -> float:
@@ -316,12 +352,12 @@ def _log_calibration(order: int, dimension: int) -> float:
     return sum(math.log((dimension + 2 * i) / (1 + 2 * i)) for i in range(order)) / 2
 
 
-def _sums_without_each(values: Tensor) -> Tensor:
-    """Row i: the sum of all other rows. By sums from both ends: subtracting would cancel."""
-    above = _shifted(values.cumsum(0))
-    below = _shifted(values.flip(0).cumsum(0)).flip(0)
-    return above + below
+def _log_sums_without_each(logs: Tensor) -> Tensor:
+    """Row i: log of the sum of all other rows' exponentials, without a difference that cancels."""
+    above = _shifted(logs.logcumsumexp(0))
+    below = _shifted(logs.flip(0).logcumsumexp(0)).flip(0)
+    return torch.logaddexp(above, below)
 
 
 def _shifted(sums: Tensor) -> Tensor:
-    return torch.cat([torch.zeros_like(sums[:1]), sums[:-1]])
+    return torch.cat([torch.full_like(sums[:1], -math.inf), sums[:-1]])

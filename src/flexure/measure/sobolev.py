@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 from flexure.measure.checks import check_field
 from flexure.measure.fields import measuring, point_of
 from flexure.measure.probability import (
+    ScaledField,
     at_rows,
     check_positive,
     pieces,
@@ -130,7 +131,7 @@ def _check(f: Callable[..., Any], x: Any) -> None:
     model = f if isinstance(f, nn.Module) else None
     with measuring(f):
         check_field(
-            lambda rows: probability_field(f, at_rows(x, rows.to(point.device))),
+            lambda rows: probability_field(f, at_rows(x, rows.to(point.device))).function,
             point,
             model=model,
             generator=torch.Generator().manual_seed(0),
@@ -154,12 +155,12 @@ def _signs(x: Tensor, length: int, probes: int, generator: Generator) -> Tensor:
     return (2 * bits - 1).to(x.device)
 
 
-def _squares(field: Callable[[Tensor], Tensor], x: Tensor, chains: Tensor) -> Tensor:
+def _squares(field: ScaledField, x: Tensor, chains: Tensor) -> Tensor:
     """(B, order) float64: means over chains of ||D^n f[z_1, ..., z_{n-1}, .]||^2."""
     total = x.new_zeros(chains.shape[1] + 1, len(x), dtype=torch.float64)
     with torch.enable_grad():
         x = x.clone().requires_grad_()
-        values = field(x)
+        values = field.function(x)
         first = _derivative(values, x, torch.ones_like(values), len(total) > 1)
         for chain in chains:
             found = [first]
@@ -167,7 +168,7 @@ def _squares(field: Callable[[Tensor], Tensor], x: Tensor, chains: Tensor) -> Te
                 found.append(_derivative(found[-1], x, z.to(x), depth < len(total)))
             # In float32, squares overflow long before the derivatives do.
             total += torch.stack([d.detach().double().flatten(1).square().sum(1) for d in found])
-    return (total / len(chains)).T
+    return (total / len(chains) * (2 * field.log_scale).exp()).T
 
 
 def _derivative(of: Tensor, x: Tensor, along: Tensor, create_graph: bool) -> Tensor:
