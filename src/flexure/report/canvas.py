@@ -34,6 +34,9 @@ __all__ = [
     "draw_legend",
     "draw_line",
     "finished",
+    "integer_axis",
+    "label_text",
+    "title_text",
 ]
 
 # Okabe and Ito (2008), "Color universal design".
@@ -45,6 +48,11 @@ DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (8, 2)), (0, (1, 3)))
 # Stands for the page's text colour until the SVG is written; no picture uses it otherwise.
 INK = "#010203"
 
+_LEGEND_SIZE, _TITLE_SIZE = 9.5, 10.5  # points
+_LETTER = 0.62  # mean width of a letter over the text's size, DejaVu Sans
+_HANDLE = 42  # points beside a legend's label: its line, and the space between columns
+_AXIS = 62  # points that axes have less than their figure: labels and ticks of y
+
 _STYLE: dict[str, Any] = {
     "axes.edgecolor": INK,
     "axes.facecolor": "none",
@@ -52,12 +60,12 @@ _STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlecolor": INK,
-    "axes.titlesize": 10.5,
+    "axes.titlesize": _TITLE_SIZE,
     "figure.facecolor": "none",
     "font.family": "DejaVu Sans",  # ships with matplotlib: the same picture on every machine
     "font.size": 10.5,
     "legend.frameon": False,
-    "legend.fontsize": 9.5,
+    "legend.fontsize": _LEGEND_SIZE,
     "lines.linewidth": 2.0,
     "svg.fonttype": "path",
     "svg.hashsalt": "flexure",  # the same numbers give the same bytes
@@ -66,8 +74,9 @@ _STYLE: dict[str, Any] = {
     "ytick.color": INK,
 }
 REFERENCE: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (6, 3))}
-WIDE = (5.6, 3.9)  # inches; the page scales it between a phone's width and its own column
+WIDE = (5.6, 3.9)  # inches; see `Picture.width`
 PANEL = (3.6, 3.3)
+_REM = 0.078  # of the page's text size, a point of a picture: so three panels fill the page's width
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,15 @@ class Picture:
 
     svg: str
     alt: str
+
+    @property
+    def width(self) -> float:
+        """On a page that is wide enough, in units of its text size (rem).
+
+        Such that text has one size in all pictures, whatever their own.
+        """
+        box = re.search(r'viewBox="\S+ \S+ (\S+) \S+"', self.svg)
+        return _REM * float(box.group(1)) if box else 0.0
 
 
 @dataclass(frozen=True)
@@ -131,9 +149,50 @@ def draw_line(axes: Any, line: Curve, index: int, *, band: str | None) -> None:
 
 
 def draw_legend(figure: Any) -> None:
-    """Writes the legend."""
+    """Writes the legend; long labels are broken into lines."""
+    (axes,) = figure.axes
+    handles, labels = axes.get_legend_handles_labels()
+    room = 72 * figure.get_size_inches()[0]
+    fitting = all(len(label) <= _letters(room / 2 - _HANDLE, _LEGEND_SIZE) for label in labels)
+    wide = _letters(room - _HANDLE, _LEGEND_SIZE)
     # Below the axes: nothing of the picture can end up behind it.
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9.5, frameon=False, labelcolor=INK)
+    figure.legend(
+        handles,
+        [_lines(label, wide) for label in labels],
+        loc="outside lower center",
+        ncols=2 if fitting else 1,
+        fontsize=_LEGEND_SIZE,
+        frameon=False,
+        labelcolor=INK,
+    )
+
+
+def label_text(text: str) -> str:
+    """A name as it is in a legend: no mathematics in dollar signs, and shown whatever it is."""
+    # Matplotlib leaves out of the legend what starts with an underscore.
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def title_text(text: str, size: tuple[float, float]) -> str:
+    """A title above the axes of a canvas of that size in inches, in as many lines as it needs."""
+    return _lines(label_text(text), _letters(72 * size[0] - _AXIS, _TITLE_SIZE))
+
+
+def integer_axis(axes: Any) -> None:
+    """Ticks of x at whole numbers only, one being enough."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+
+
+def _letters(points: float, size: float) -> int:
+    return int(points / (_LETTER * size))
+
+
+def _lines(text: str, letters: int) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, letters, drop_whitespace=False)) or text
 
 
 def finished(figure: Any, alt: str) -> Picture:

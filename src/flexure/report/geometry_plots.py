@@ -5,9 +5,9 @@ Nothing here measures or writes files; style is `canvas.py`'s, and other picture
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from flexure.contracts import FlexureError
 from flexure.report.canvas import (
@@ -19,34 +19,86 @@ from flexure.report.canvas import (
     SERIES,
     VERMILION,
     WIDE,
-    Curve,
     Picture,
     canvas,
     draw_legend,
     finished,
+    integer_axis,
+    label_text,
+    title_text,
 )
+from flexure.report.log_axes import drawable, log_axis, log_ends
 
 __all__ = [
     "Bin",
     "Fit",
+    "NoiseLine",
     "Samples",
-    "against_confidence",
+    "against_doubt",
     "contributions",
     "distributions",
     "fits",
-    "log_curves",
     "reliability",
+    "under_noise",
 ]
 
 _RUNNING_BINS = 8  # of equal counts: enough to see a trend, each with samples to take a median of
+_NO_DOUBT = 1e-16  # where samples without doubt are drawn if there are no others
 
 
 @dataclass(frozen=True)
 class Samples:
-    """One value for each sample, of one network."""
+    """One value for each sample, of one network; at least 0, or nan where it is not defined."""
 
     label: str
     values: Sequence[float]
+
+    @property
+    def drawn(self) -> list[float]:
+        """Those that a logarithmic axis can show, sorted."""
+        return sorted(value for value in self.values if drawable(value))
+
+    @property
+    def zeros(self) -> int:
+        """How many are 0."""
+        return sum(value == 0 for value in self.values)
+
+    @property
+    def defined(self) -> int:
+        """How many are numbers, infinite ones among them."""
+        return sum(not math.isnan(value) for value in self.values)
+
+    @property
+    def counts(self) -> str:
+        """How many are drawn, and what the others are."""
+        left = {
+            "zero": self.zeros,
+            "not defined": len(self.values) - self.defined,
+            "infinite": self.defined - self.zeros - len(self.drawn),
+        }
+        told = ", ".join(f"{count} {why}" for why, count in left.items() if count)
+        return f"{len(self.drawn)} of {len(self.values)}" + (f" ({told})" if told else "")
+
+
+@dataclass(frozen=True)
+class NoiseLine:
+    """What noise of each radius does, for one network; equally long sequences above 0.
+
+    Attributes:
+        label: what the line is, for the legend.
+        x: radii.
+        y: values.
+        quartiles: the lower and upper ones around `y`, or None.
+        network: which it belongs to, from 0: its colour and marker.
+        is_bound: whether it is a bound, and dashed.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    quartiles: tuple[Sequence[float], Sequence[float]] | None
+    network: int
+    is_bound: bool
 
 
 @dataclass(frozen=True)
@@ -80,11 +132,13 @@ class Bin:
 
 
 def distributions(networks: Sequence[Samples], *, title: str, axis: str) -> Picture:
-    """The share of samples below each value, for positive values over several decades.
+    """The share of samples at or below each value, for values over several decades.
+
+    Of all values that are defined: a logarithmic axis cannot show zeros, but the curve starts at
+    their share, and ends below 100 % where some are infinite.
 
     Args:
-        networks: one line each. Values that are not finite or not above 0 cannot be drawn on a
-            logarithmic axis: the share that is drawn is in the picture's words.
+        networks: one line each.
         title: above the picture.
         axis: what the values are, with their unit.
 
@@ -94,43 +148,57 @@ def distributions(networks: Sequence[Samples], *, title: str, axis: str) -> Pict
     import numpy as np
 
     figure, axes = canvas(PANEL)
+    for network in networks:
+        _check_drawable(network)
+    low, high = log_ends(value for network in networks for value in network.drawn)
     told = []
     for k, network in enumerate(networks):
-        values = _drawable(network)
-        share = 100 * np.arange(1, len(values) + 1) / len(values)
+        values, zeros = network.drawn, network.zeros
+        share = 100 * np.arange(zeros, zeros + len(values) + 1) / network.defined
         axes.step(
-            values, share, where="post", color=SERIES[k], linestyle=DASHES[k],
-            label=network.label,
+            [low, *values, high], [*share, share[-1]], where="post", color=SERIES[k],
+            linestyle=DASHES[k], label=label_text(network.label),
         )  # fmt: skip
         told.append(
-            f"{network.label}: median {np.median(values):.3g}, {len(values)} of "
-            f"{len(network.values)} samples drawn"
+            f"{network.label}: median of those drawn {np.median(values):.3g}, "
+            f"{network.counts} samples drawn"
         )
-    axes.set(xscale="log", xlabel=axis, ylabel="samples below (%)", title=title, ylim=(0, 101))
+    log_axis(axes, "x", (low, high))
+    axes.set(xlabel=axis, ylabel="samples at or below (%)", ylim=(0, 101),
+             title=title_text(title, PANEL))  # fmt: skip
     draw_legend(figure)
-    return finished(figure, f"{title}. Share of samples below each {axis}. {'; '.join(told)}.")
+    return finished(
+        figure, f"{title}. Share of samples at or below each {axis}. {'; '.join(told)}."
+    )
 
 
-def log_curves(lines: Sequence[Curve], *, title: str, x_label: str, y_label: str) -> Picture:
-    """Functions of one variable, both axes logarithmic.
+def under_noise(lines: Sequence[NoiseLine], *, title: str, x_label: str, y_label: str) -> Picture:
+    """What noise of growing radius does, and its bounds; both axes logarithmic.
 
     Args:
-        lines: the functions; neighbours in pairs (a measurement, its bound) share a colour, and
-            the second of a pair is dashed.
+        lines: at least one.
         title: above the picture.
         x_label: what x is, with its unit.
         y_label: what y is, with its unit.
+
+    Raises:
+        FlexureError: no lines.
     """
+    if not lines:
+        raise FlexureError("expected at least one line to draw, got none; give larger radii")
     figure, axes = canvas(WIDE)
-    for k, line in enumerate(lines):
-        colour, dashes = SERIES[k // 2], DASHES[k % 2]
-        axes.plot(line.x, line.y, linestyle=dashes, color=colour, label=line.label,
-                  marker=MARKERS[k // 2], markersize=4)  # fmt: skip
-        if line.errors is not None:
-            low = [max(y - e, y / 10) for y, e in zip(line.y, line.errors, strict=True)]
-            high = [y + e for y, e in zip(line.y, line.errors, strict=True)]
-            axes.fill_between(line.x, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label, title=title)
+    for line in lines:
+        colour, dashes = SERIES[line.network], DASHES[int(line.is_bound)]
+        axes.plot(line.x, line.y, linestyle=dashes, color=colour, label=label_text(line.label),
+                  marker=MARKERS[line.network], markersize=4)  # fmt: skip
+        if line.quartiles is not None and len(line.x) > 1:
+            axes.fill_between(line.x, *line.quartiles, color=colour, alpha=0.2, linewidth=0)
+        elif line.quartiles is not None:  # a band over one place has no width
+            axes.vlines(line.x, *line.quartiles, color=colour, alpha=0.5, linewidth=2)
+    log_axis(axes, "x", log_ends(x for line in lines for x in line.x))
+    shown = [line.y for line in lines] + [end for line in lines for end in line.quartiles or ()]
+    log_axis(axes, "y", log_ends(y for values in shown for y in values))
+    axes.set(xlabel=x_label, ylabel=y_label, title=title_text(title, WIDE))
     draw_legend(figure)
     ends = "; ".join(f"{n.label}: from {n.y[0]:.3g} to {n.y[-1]:.3g}" for n in lines)
     return finished(figure, f"{title}. {y_label} against {x_label}. {ends}.")
@@ -144,48 +212,82 @@ def fits(networks: Sequence[Fit], *, title: str, x_label: str, y_label: str) -> 
         axes.plot(fit.x, fit.y, MARKERS[k], color=colour, markersize=6)
         line = [fit.intercept + fit.slope * x for x in fit.x]
         axes.plot(fit.x, line, linestyle=DASHES[k], color=colour, linewidth=1.4,
-                  label=f"{fit.label}: slope {fit.slope:.2f}")  # fmt: skip
-    axes.set(xlabel=x_label, ylabel=y_label, title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+                  label=label_text(f"{fit.label}: slope {fit.slope:.3g}"))  # fmt: skip
+    axes.set(xlabel=x_label, ylabel=y_label, title=title_text(title, WIDE))
+    integer_axis(axes)
     draw_legend(figure)
-    slopes = ", ".join(f"{fit.label} {fit.slope:.3f}" for fit in networks)
+    slopes = ", ".join(f"{fit.label} {fit.slope:.3g}" for fit in networks)
     return finished(figure, f"{title}. {y_label} against {x_label}, with fitted lines: {slopes}.")
 
 
-def against_confidence(
-    samples: Samples, confidence: Sequence[float], *, title: str, axis: str
-) -> Picture:
-    """A positive value of each sample against the network's confidence, with running medians.
+def against_doubt(
+    networks: Sequence[tuple[Samples, Sequence[float]]], *, axis: str
+) -> tuple[Picture, ...]:
+    """A value of each sample against the network's doubt, with running medians.
+
+    One picture a network, titled with its name, all with the same axes. Doubt spans decades where
+    a network is sure, and its axis is logarithmic: samples without any are drawn as triangles at
+    its left end.
 
     Args:
-        samples: the values; those that are not finite or not above 0 are left out.
-        confidence: the largest predicted probability of each, in (0, 1].
-        title: above the picture.
+        networks: the values, and for each the probability that the network leaves to classes it
+            does not predict, in [0, 1). Values that are not finite or not above 0 are left out.
         axis: what the values are, with their unit.
 
     Raises:
-        FlexureError: nothing can be drawn.
+        FlexureError: a network has no value that can be drawn.
     """
+    points = []
+    for samples, doubts in networks:
+        _check_drawable(samples)
+        pairs = zip(doubts, samples.values, strict=True)
+        points.append(sorted(pair for pair in pairs if drawable(pair[1])))
+    doubts = [doubt for pairs in points for doubt, _ in pairs]
+    some = [doubt for doubt in doubts if doubt > 0]
+    # Aside from the others: a third of a decade is more than their own scatter.
+    edge = min(some) / 3 if some else _NO_DOUBT
+    ends = log_ends([*some, *([edge] if len(some) < len(doubts) else [])])
+    heights = log_ends(value for pairs in points for _, value in pairs)
+    return tuple(
+        _doubt_panel(samples, pairs, edge, ends, heights, axis)
+        for (samples, _), pairs in zip(networks, points, strict=True)
+    )
+
+
+def _doubt_panel(
+    samples: Samples,
+    pairs: Sequence[tuple[float, float]],
+    edge: float,
+    ends: tuple[float, float],
+    heights: tuple[float, float],
+    axis: str,
+) -> Picture:
+    """One network's samples (doubt, value), sorted; those without doubt are drawn at the edge."""
     import numpy as np
 
-    _drawable(samples)
-    values, sure = np.asarray(samples.values, float), np.asarray(confidence, float)
-    some = np.isfinite(values) & (values > 0)
-    # The distance to certainty: most samples lie where a linear axis would show one line.
-    doubt = np.clip(1 - sure[some], 1e-7, 1)
-    values = values[some]
     figure, axes = canvas(PANEL)
-    axes.plot(doubt, values, "o", color=BLUE, alpha=0.45, markersize=3, markeredgewidth=0,
-              label="a sample")  # fmt: skip
-    order = np.argsort(doubt)
-    parts = [p for p in np.array_split(order, min(_RUNNING_BINS, len(order))) if len(p)]
-    medians = [(np.median(doubt[p]), np.median(values[p])) for p in parts]
-    axes.plot(*zip(*medians, strict=True), "-", color=VERMILION, label="running median")
-    axes.set(xscale="log", yscale="log", title=title, ylabel=axis,
-             xlabel="1 − confidence (probability)")  # fmt: skip
+    sure = [value for doubt, value in pairs if doubt == 0]
+    dots = {"color": BLUE, "alpha": 0.6, "linestyle": "", "markeredgewidth": 0}
+    if len(sure) < len(pairs):
+        axes.plot(*zip(*pairs[len(sure) :], strict=True), marker="o", markersize=3.5,
+                  label="a sample", **dots)  # fmt: skip
+    if sure:
+        axes.plot([edge] * len(sure), sure, marker="<", markersize=5, label="no doubt: 0", **dots)
+    groups = np.array_split(np.asarray(pairs), min(_RUNNING_BINS, len(pairs)))
+    middles = [np.median(np.maximum(group, [edge, 0]), axis=0) for group in groups]
+    axes.plot(*zip(*middles, strict=True), "-", color=VERMILION, marker="D", markersize=3,
+              label="running median")  # fmt: skip
+    log_axis(axes, "x", ends)
+    log_axis(axes, "y", heights)
+    axes.set(title=title_text(samples.label, PANEL), ylabel=axis,
+             xlabel="doubt, 1 − confidence (probability)")  # fmt: skip
     draw_legend(figure)
-    ends = f"from {medians[0][1]:.3g} for the surest to {medians[-1][1]:.3g} for the least sure"
-    return finished(figure, f"{title}. {axis} of {len(values)} samples; the median goes {ends}.")
+    going = f"from {middles[0][1]:.3g} for the surest to {middles[-1][1]:.3g} for the least sure"
+    return finished(
+        figure,
+        f"{samples.label}. {axis} of {len(pairs)} samples against doubt, {len(sure)} of them "
+        f"without any; the median goes {going}.",
+    )
 
 
 def contributions(shares: Sequence[float], *, title: str, highest: str) -> Picture:
@@ -200,8 +302,8 @@ def contributions(shares: Sequence[float], *, title: str, highest: str) -> Pictu
     x = range(1, len(shares) + 1)
     axes.bar(x, [100 * share for share in shares], color=BLUE, alpha=0.75)
     axes.set(xlabel="activation (number in network order)", ylabel="share of the bound (%)",
-             title=title)  # fmt: skip
-    axes.xaxis.get_major_locator().set_params(integer=True)
+             title=title_text(title, WIDE), xlim=(0.4, len(shares) + 0.6))  # fmt: skip
+    integer_axis(axes)
     top = 100 * max(shares)
     return finished(
         figure, f"{title}. {len(shares)} activations; the largest share is {top:.1f} %, {highest}."
@@ -217,22 +319,16 @@ def reliability(bins: Sequence[Bin], *, title: str) -> Picture:
     x = [b.confidence for b in bins]
     axes.vlines(x, [b.low for b in bins], [b.high for b in bins], color=BLUE, linewidth=2)
     axes.plot(x, [b.accuracy for b in bins], "o", color=BLUE, markersize=5, label="samples in bins")
-    axes.set(xlabel="confidence (probability)", ylabel="accuracy (share right)", title=title,
-             xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))  # fmt: skip
+    axes.set(xlabel="confidence (probability)", ylabel="accuracy (share right)",
+             title=title_text(title, PANEL), xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))  # fmt: skip
     draw_legend(figure)
     told = "; ".join(f"{b.confidence:.2f}: {b.accuracy:.2f} of {b.count}" for b in bins)
     return finished(figure, f"{title}. Share right at each mean confidence: {told}.")
 
 
-def _drawable(samples: Samples) -> Any:
-    """The values that a logarithmic axis can show, sorted."""
-    import numpy as np
-
-    values = np.asarray(samples.values, dtype=float)
-    values = np.sort(values[np.isfinite(values) & (values > 0)])
-    if not len(values):
+def _check_drawable(samples: Samples) -> None:
+    if not samples.drawn:
         raise FlexureError(
             f"expected positive finite values of {samples.label!r} to draw, got none among "
             f"{len(samples.values)}; measure more samples"
         )
-    return values

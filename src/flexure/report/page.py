@@ -27,7 +27,7 @@ class Section:
         title: its heading.
         text: paragraphs, plain text.
         pictures: side by side where the page is wide enough.
-        table: scrolls in its own box where it is wider than the page; one of more than five
+        table: scrolls in its own box where it is wider than the page; one of more than three
             columns is a list of rows on a narrow page.
         caption: how to read the picture or the table.
     """

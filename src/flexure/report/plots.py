@@ -27,6 +27,7 @@ from flexure.report.canvas import (
     draw_legend,
     draw_line,
     finished,
+    integer_axis,
 )
 
 __all__ = [
@@ -181,7 +182,7 @@ def curves(
         draw_line(axes, line, k, band=None)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     if whole:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        integer_axis(axes)
     draw_legend(figure)
     drawn = ", ".join(line.label for line in lines)
     return finished(figure, f"{title}. {y_label} against {x_label}: {drawn}.")
@@ -242,7 +243,7 @@ def over_depth(
     if start is not None:
         axes.axhline(start, **REFERENCE, label=f"start, {start:g}", zorder=0)
     axes.set(xlabel="site (number in network order)", ylabel=axis, title=title, ylim=(-0.03, 1.03))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    integer_axis(axes)
     draw_legend(figure)
     values = f"from {median[0]:.3f} at the first site to {median[-1]:.3f} at the last"
     return finished(figure, f"{title}. {axis} at {len(sites)} sites; the median goes {values}.")
