@@ -141,6 +141,16 @@ def test_constant_and_plane() -> None:
     assert constant.seminorm == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sure_samples_keep_their_derivatives(dtype: torch.dtype) -> None:
+    """p = 1 - e^-m + ..., m = 120: |grad p| = e^-m |w|, |D^2 p| = e^-m |w|^2; in float32 both 0."""
+    model = nn.Linear(2, 2, bias=False)
+    model.weight.data = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    x = torch.tensor([[40.0, 0.0]], dtype=dtype)
+    found = sobolev_seminorm(model.to(dtype), x)
+    assert found.norms.tolist() == pytest.approx([5 * math.exp(-120), 25 * math.exp(-120)])
+
+
 def test_samples_that_are_not_finite_are_flagged() -> None:
     x = torch.tensor([[0.5], [1.0]], dtype=torch.float64)
     found = sobolev_seminorm(lambda x: 1 / (1 - x[:, 0]), x, check=False)

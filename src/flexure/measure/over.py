@@ -65,8 +65,8 @@ def over(
         The values on the CPU, and their means, intervals and quantiles.
 
     Raises:
-        DataError: no batches, an empty one, one of an unknown form, labels missing that the
-            measure needs, or other batches on other processes.
+        DataError: no batches, one that is empty, of an unknown form or not of tensors, labels
+            missing that the measure needs, or other batches on other processes.
         FlexureError: the measure cannot be called so or gives something else; its own errors; an
             error in another process.
     """
