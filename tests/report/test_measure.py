@@ -315,6 +315,20 @@ def test_what_cannot_be_drawn_is_said() -> None:
     assert all(row[-1] == "–" for row in overflowed.table.rows)
 
 
+def test_a_rate_that_is_not_defined_leaves_the_page_whole(tmp_path: Path) -> None:
+    found = measured(nn.Tanh)
+    model = found.models[0]
+    summary = model.summaries["rate"]
+    logs = summary.result.log_squares.clone()
+    logs[:, 1] = -math.inf  # a slope through the others is refused
+    result = replace(summary.result, log_squares=logs)
+    summaries = {**model.summaries, "rate": replace(summary, result=result)}
+    odd = replace(found, models=(replace(model, summaries=summaries),))
+    (told,) = sections(odd)["Growth of derivatives"].text
+    assert "first <1>, whose derivatives of order 2 are zero" in told
+    measure_page(tmp_path / "r.html", odd, title="odd")
+
+
 def test_three_digit_orders_and_many_activations_are_drawn() -> None:
     orders = [float(n) for n in (1, 50, 100, 150)]
     picture = fits([Fit("a", orders, [0.0, 50, 100, 150], 1.0, -1.0)], title="T", x_label="n",

@@ -181,8 +181,9 @@ def rate_sections(found: Measurements) -> list[Section]:
     for model in models:
         result: Any = model.summaries["rate"].result
         logs = result.log_norms.tolist()
-        if not all(math.isfinite(log) for log in (result.rate, *logs)):
-            missing.append(f"{model.name}: a derivative is 0 at all samples, or not finite")
+        # Asked first: where an order vanishes and a higher one does not, a rate is refused.
+        if not all(map(math.isfinite, logs)):
+            missing.append(f"{model.name}, {_without_rate(result)}")
             continue
         orders = [float(n) for n in result.orders]
         middle = sum(logs) / len(logs) - result.rate * sum(orders) / len(orders)
@@ -302,6 +303,13 @@ def _violated(model: ModelMeasurements) -> str:
     least, most = percent(min(shares)), percent(max(shares))
     told = least if least == most else f"{least} to {most}"
     return f"{model.name}: the change exceeds its sample's bound in {told} of draws."
+
+
+def _without_rate(result: Any) -> str:
+    zero = ", ".join(map(str, result.vanishing))
+    if zero:
+        return f"whose derivatives of order {zero} are zero at all samples"
+    return "which has finite derivatives at no sample"
 
 
 def _normalization(found: Measurements) -> str:
