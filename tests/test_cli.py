@@ -60,6 +60,9 @@ def cells():
 def cell(image):
     raise ValueError("one channel only")
 
+def wide():
+    return nn.Sequential(nn.Linear(3, 10), nn.ReLU(), nn.Linear(10, 5))
+
 def tanh():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 5))
 """
@@ -172,6 +175,14 @@ MISTAKES = {
     "no factory": (["sites", "{folder}/models.py:large"], "large"),
     "unknown data": (["steer", "{model}", "--data", "made:up", "--out", "{out}"], "sklearn:"),
     "no data": (["steer", "{model}", "--data", "npz:absent.npz", "--out", "{out}"], "absent"),
+    "other inputs": (
+        ["steer", "{folder}/models.py:wide", "--data", "sklearn:digits", "--out", "{out}"],
+        "for inputs (1, 8, 8) (mat1 and mat2",
+    ),
+    "preprocessing that fails": (
+        ["steer", "{folder}/models.py:cells", "--data", "sklearn:digits", "--out", "{out}"],
+        "ValueError",
+    ),
     "beta out of range": (["--betas", "0.5,1.5"], "beta"),
     "beta not a number": (["--betas", "low"], "--betas"),
     "beta backwards": (["--betas", "0.9:0.7:0.1"], "--betas"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 
 import flexure
 from flexure.cli import main
+from flexure.cli.measure import _drawn
 
 MODEL = """
 import time
@@ -39,6 +41,14 @@ def halved():
 
 def half(item):
     return item / 2
+
+def wide():
+    return nn.Linear(3, 10).eval()
+
+def constant():
+    model = made(nn.ReLU())
+    nn.init.zeros_(model[1].weight)
+    return model
 
 def few():
     return made(nn.ReLU(), classes=3)
@@ -87,8 +97,8 @@ def test_measure_writes_everything(model: str, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     code, text, err = measure(model, *FAST, "--out", str(out), capsys=capsys)
     assert (code, err) == (0, "")
-    assert "normalised curvature, median" in text
-    assert "24 samples; 95 % intervals" in text
+    assert "normalised curvature (1 / input unit), median" in text
+    assert text.startswith("24 samples; means over samples unless stated; 95 % intervals")
     assert "Note: model has no rate: " in text
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.json"]
     payload = json.loads((out / "results.json").read_text())
@@ -120,12 +130,10 @@ def test_steer_compares_with_the_unsteered(model: str, tmp_path: Path, capsys) -
     plain = flexure.load_model(model).model
     x = numbers["models"][1]["summaries"]["calibration"]["result"]["nll"]
     loaded = flexure.load_data("sklearn:digits")["train"]
-    rows = torch.randperm(len(loaded), generator=torch.Generator().manual_seed(42))[:24].sort()
+    rows = torch.randperm(len(loaded), generator=torch.Generator().manual_seed(42))[:24]
     prepare = flexure.load_model(model).preprocess
-    images = torch.stack([prepare(loaded[int(i)]) for i in rows.values])
-    nll = torch.nn.functional.cross_entropy(
-        plain(images), loaded.labels[rows.values], reduction="none"
-    )
+    images = torch.stack([prepare(loaded[int(i)]) for i in rows])
+    nll = torch.nn.functional.cross_entropy(plain(images), loaded.labels[rows], reduction="none")
     assert torch.allclose(torch.tensor(x), nll, atol=1e-5)
 
 
@@ -186,6 +194,76 @@ def test_splits_and_sizes(model: str, tmp_path: Path, capsys) -> None:
     assert "expected --split among test, train" in err
 
 
+def labelled(path: Path, labels: np.ndarray, rows: int = 64) -> str:
+    generator = np.random.default_rng(0)
+    np.savez(path, x=generator.normal(size=(len(labels), rows)).astype(np.float32), y=labels)
+    return f"npz:{path}"
+
+
+def test_the_first_samples_are_of_all_classes(model: str, tmp_path: Path, capsys) -> None:
+    """Of data that are sorted by class too: costly measures take the first ones."""
+    data = ["--data", labelled(tmp_path / "sorted.npz", np.repeat(np.arange(10), 20))]
+    arguments = [model, *FAST, "--samples", "100", *data, "--measures", "calibration", "--json"]
+    labels = []
+    for seed in ("0", "1", "0"):
+        out = ["--seed", seed, "--out", str(tmp_path / "out")]
+        code, text, _ = measure(*arguments, *out, capsys=capsys)
+        assert code == 0
+        result = json.loads(text)["numbers"]["models"][0]["summaries"]["calibration"]["result"]
+        labels.append(result["nll"])
+    assert labels[0] == labels[2] != labels[1]
+    chosen, _ = _drawn(flexure.load_data(data[1]), None, 100, 0)
+    assert len(set(chosen.labels[:16].tolist())) > 5
+
+
+def test_wrong_labels_leave_nothing_behind(model: str, tmp_path: Path, capsys) -> None:
+    """And the corrected command runs."""
+    out, labels = tmp_path / "out", np.arange(40) % 10
+    shifted = labelled(tmp_path / "shifted.npz", labels)
+    arguments = [*FAST, "--measures", "calibration", "--out", str(out)]
+    three = model.replace("small", "few")
+    code, text, err = measure(three, *arguments, "--data", shifted, capsys=capsys)
+    assert (code, text) == (2, "")
+    assert "expected labels from 0 to 2, the 3 classes of model, got 0 to 9" in err
+    assert list(out.iterdir()) == []
+    right = labelled(tmp_path / "right.npz", labels % 3)
+    assert measure(three, *arguments, "--data", right, capsys=capsys)[0] == 0
+
+
+def test_memory_that_nothing_fits_is_told_as_an_option(model: str, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    arguments = [model, *FAST, "--measures", "curvature", "--out", str(out)]
+    code, text, err = measure(*arguments, "--memory", "1KiB", capsys=capsys)
+    assert (code, text) == (2, "")
+    least = re.search(r"expected --memory of at least (\d+KiB), got 1KiB; raise it", err)
+    assert "check=" not in err
+    assert list(out.iterdir()) == []
+    while least is not None:  # the check and the measurement each say what they need
+        code, _, err = measure(*arguments, "--memory", least.group(1), capsys=capsys)
+        least = re.search(r"of at least (\d+KiB)", err)
+    assert (code, err) == (0, "")
+
+
+def test_a_launch_of_several_processes_is_refused(
+    model: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = measure(model, *FAST, "--out", str(tmp_path / "out"), capsys=capsys)
+    assert code == 2
+    assert err.startswith("flexure: expected a command in one process, got one of a launch of 2")
+    assert err.count("\n") == 1
+
+
+def test_a_constant_network_says_why_numbers_are_missing(
+    model: str, tmp_path: Path, capsys
+) -> None:
+    arguments = [model.replace("small", "constant"), *FAST, "--out", str(tmp_path / "out")]
+    code, text, err = measure(*arguments, capsys=capsys)
+    assert (code, err) == (0, "")
+    assert "Note: model: 24 of 24 samples have no normalised curvature" in text
+    assert "nan" not in text
+
+
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown measure": (["--measures", "beauty"], "curvature, rate"),
     "no measure": (["--measures", ","], "curvature, rate"),
@@ -205,6 +283,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "device": (["--device", "tpu9"], "tpu9"),
     "other model": (["--against", "nothing:at-all"], "flexure:, hf:"),
     "fewer classes": (["--against", "{folder}/models.py:few"], "label"),
+    "other inputs": (
+        ["--against", "{folder}/models.py:wide"],
+        "for inputs (1, 8, 8) (mat1 and mat2",
+    ),
     "nothing fits": (["--measures", "rate,bound"], "steer"),
     "no data": (["--data", "npz:absent.npz"], "absent"),
 }

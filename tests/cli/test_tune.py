@@ -144,6 +144,15 @@ def test_mistakes_are_one_line_and_exit_2(name: str, model: str, tmp_path: Path,
     assert not (out / "results.json").exists()
 
 
+def test_a_model_of_other_inputs_is_a_mistake(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "wide.py"
+    path.write_text("from torch import nn\ndef wide():\n    return nn.Linear(3, 10)\n")
+    code, _, err = tune(f"{path}:wide", "--out", str(tmp_path / "out"), capsys=capsys)
+    assert code == 2
+    assert "expected a model that takes the data, got RuntimeError" in err
+    assert err.count("\n") == 1
+
+
 def test_after_a_mistake_the_same_folder_is_taken(model: str, tmp_path: Path, capsys) -> None:
     arguments = [model, *FAST, "--arms", "probe,steered", "--out", str(tmp_path / "out")]
     code, _, err = tune(*arguments, "--where", "layer9", capsys=capsys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -14,6 +15,7 @@ from typing import IO, Annotated, Any
 import torch
 import typer
 
+from flexure.calling import call_model
 from flexure.contracts import FlexureError, LabelledData, LoadedModel
 from flexure.data import PreparedBatches, batches, split
 from flexure.models import load_model
@@ -29,6 +31,7 @@ __all__ = [
     "Seed",
     "Size",
     "Unfinished",
+    "check_takes",
     "discard",
     "load",
     "prepared",
@@ -107,10 +110,13 @@ def resumable() -> Iterator[None]:
 def working(store: Path, what: str, *, resume: bool) -> Iterator[None]:
     """Begins or continues a `what` in the store, alone: no other run works there meanwhile.
 
+    After an error a store in which nothing is finished is discarded.
+
     Raises:
-        FlexureError: another run works there, or, without `resume`, it holds parts of an earlier
-            one.
+        FlexureError: another run works there; without `resume`, it holds parts of an earlier one;
+            or this is one of several processes of a launch.
     """
+    _check_alone()
     lock = check_writable(store) / _LOCK
     with lock.open("a") as file:
         if not _locked(file):
@@ -121,10 +127,27 @@ def working(store: Path, what: str, *, resume: bool) -> Iterator[None]:
             if not resume:
                 begin(store, what)
             yield
+        except FlexureError:
+            if not _has_work(store):
+                discard(store)
+            raise
         finally:
             lock.unlink(missing_ok=True)
             with suppress(OSError):  # not empty
                 store.rmdir()
+
+
+def _check_alone() -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1:
+        raise FlexureError(
+            f"expected a command in one process, got one of a launch of {launched}; run it without "
+            f"the launcher"
+        )
+
+
+def _has_work(store: Path) -> bool:
+    return any(path for pattern in _WORK for path in store.glob(pattern))
 
 
 def _locked(file: IO[str]) -> bool:
@@ -148,10 +171,10 @@ def begin(store: Path, what: str) -> None:
     Raises:
         FlexureError: the store holds parts of an earlier one.
     """
-    if any(path for pattern in _WORK for path in store.glob(pattern)):
+    if _has_work(store):
         raise FlexureError(
             f"{store.parent} holds an unfinished {what}; add --resume to continue it, or choose "
-            f"another --out"
+            f"another --out, or delete {store} to drop it"
         )
     discard(store)
 
@@ -199,7 +222,32 @@ def prepared(
     prepare: Callable[[LabelledData], PreparedBatches] = partial(
         batches, preprocess=loaded.preprocess, batch_size=batch_size, device=device, cache=True
     )
-    return prepare(parts.train), prepare(parts.val), prepare(parts.test)
+    train = prepare(parts.train)
+    check_takes(loaded, train)
+    return train, prepare(parts.val), prepare(parts.test)
+
+
+def check_takes(loaded: LoadedModel, given: PreparedBatches) -> None:
+    """Runs the model on two items, as everything will that comes after.
+
+    Raises:
+        FlexureError: it does not take them.
+    """
+    shape = ""
+    try:
+        x, _ = next(iter(given))
+        shape = f" {tuple(x.shape[1:])}"
+        with torch.no_grad():
+            call_model(loaded.model, x[:2].clone())  # models may overwrite their input
+    except FlexureError:
+        raise
+    except Exception as error:
+        told = shorten(" ".join(str(error).split()), 160, placeholder=" ...")
+        raise FlexureError(
+            f"expected a model that takes the data, got {type(error).__name__} from "
+            f"{loaded.address} for inputs{shape} ({told}); choose data of its inputs, or a "
+            f"FILE.py:factory that returns a model and its preprocessing"
+        ) from error
 
 
 def print_json(payload: Any) -> None:

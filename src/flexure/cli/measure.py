@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +24,7 @@ from flexure.cli.common import (
     Model,
     Resume,
     Seed,
+    check_takes,
     discard,
     load,
     print_json,
@@ -29,7 +32,7 @@ from flexure.cli.common import (
     users_code,
     working,
 )
-from flexure.contracts import FlexureError, LabelledData, LoadedModel
+from flexure.contracts import BudgetError, FlexureError, LabelledData, LoadedModel
 from flexure.data import PreparedBatches, Subset, batches, load_data
 from flexure.methods.load import load_adapter
 from flexure.methods.measurements import NOISE_SAMPLES, RATE_SAMPLES, Measurements, measure_model
@@ -109,7 +112,8 @@ def measure(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="What the Hessian norm may use at once, such as 2GiB; default: no limit."
+            help="What the Hessian norm and the noise may use at once, such as 2GiB; default: no "
+            "limit."
         ),
     ] = None,
     device: Device = "cpu",
@@ -135,12 +139,15 @@ def measure(
         "seed": seed,
     }
     store = check_writable(out) / _STORE
-    with working(store, "measurement", resume=resume), users_code(), resumable():
+    with working(store, "measurement", resume=resume), _budgeted(memory), users_code(), resumable():
         loaded = load(model, device)
         other = None if against is None else load(against, device)
         chosen, split = _drawn(load_data(data), split, samples, seed)
         prepare = partial(batches, preprocess=loaded.preprocess, device=device, cache=True)
         given = prepare(chosen, batch_size=batch_size)
+        for each in (loaded, other):
+            if each is not None:
+                check_takes(each, given)
         pair = _pair(loaded, other, dials, adapter, given)
         found = measure_model(
             pair.model,
@@ -218,14 +225,17 @@ def _described(loaded: LoadedModel) -> str:
 def _drawn(
     data: dict[str, LabelledData], wanted: str | None, samples: int, seed: int
 ) -> tuple[LabelledData, str]:
-    """So many samples of a split in the data's order, drawn without regard to their class."""
+    """So many samples of a split, drawn without regard to their class, in a random order.
+
+    So that the first of them, which costly measures take, are such a draw too.
+    """
     there = [name for name in _SPLITS if name in data]
     name = there[0] if wanted is None else wanted
     if name not in data:
         raise FlexureError(f"expected --split among {', '.join(there)}, got {wanted!r}")
     whole = data[name]
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(whole), generator=generator)[:samples].sort().values
+    rows = torch.randperm(len(whole), generator=generator)[:samples]
     return Subset(whole, rows), name
 
 
@@ -257,6 +267,23 @@ def _bytes(text: str) -> int:
     except ValueError:
         pass
     raise FlexureError(f"expected --memory like 2GiB or 500MiB, got {text!r}")
+
+
+@contextmanager
+def _budgeted(memory: str | None) -> Iterator[None]:
+    """A budget that nothing fits is told as an option of this command."""
+    try:
+        yield
+    except BudgetError as error:
+        unit, size = next(
+            (unit, size)
+            for unit, size in reversed(_UNITS.items())
+            if error.needed >= size or unit == "KiB"
+        )
+        raise FlexureError(
+            f"expected --memory of at least {math.ceil(error.needed / size)}{unit}, got {memory}; "
+            f"raise it, or leave it out"
+        ) from error
 
 
 def _write(out: Path, found: Measurements, payload: dict[str, Any]) -> None:
