@@ -130,8 +130,9 @@ def curvature(
         generator: of the CPU, for the start vectors; None: a new one, seeded 0.
         products: how Hessian-vector products are computed, a name in `products.PRODUCTS`:
             "double-backward" keeps the graph of the gradient; "forward-over-reverse" keeps no graph
-            between products and holds less at its peak, is slower, and asks for forward-mode
-            derivatives of every operator's backward pass.
+            between products and holds less at its peak (with ReLU, smooth activations and all
+            flexure units, not with leaky ReLU), is slower, and asks for forward-mode derivatives of
+            every operator's backward pass.
         memory: bytes that may be held beyond the model and x; the chunk is chosen to fit.
         check: whether to hold the derivatives of at most 8 samples against finite differences in
             float64 first, as a Lanczos residual cannot see a wrong product; and to refuse inputs

@@ -67,9 +67,10 @@ class ForwardOverReverse:
     """A forward derivative of the backward pass; no graph is kept between products.
 
     A product costs about four passes. At its peak it holds what a gradient's backward pass needs of
-    each sample, and the tangents of that. Double backward holds the graph of the backward pass
-    besides, with all that lies between in the slopes of activations. Where there is nothing in
-    between, as in torch's own activations other than ReLU, the two modes hold about the same.
+    each sample, and the tangents of that; double backward holds the graph of the backward pass
+    instead, with all that the slopes of smooth activations are made of. A piecewise linear slope is
+    made of nothing: there only ReLU holds less in this mode (see `forward_mode.py`), while others,
+    such as leaky ReLU, hold more, as torch keeps their input's tangent.
     """
 
     def __init__(self, field: Field) -> None:
