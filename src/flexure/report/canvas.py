@@ -49,6 +49,7 @@ DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (8, 2)), (0, (1, 3)))
 INK = "#010203"
 
 _LEGEND_SIZE, _TITLE_SIZE = 9.5, 10.5  # points
+_ROW = 14.5  # points that a line of them is high
 _LETTER = 0.62  # mean width of a letter over the text's size, DejaVu Sans
 _HANDLE = 42  # points beside a legend's label: its line, and the space between columns
 _AXIS = 62  # points that axes have less than their figure: labels and ticks of y
@@ -149,16 +150,21 @@ def draw_line(axes: Any, line: Curve, index: int, *, band: str | None) -> None:
 
 
 def draw_legend(figure: Any) -> None:
-    """Writes the legend; long labels are broken into lines."""
+    """Writes the legend; for long labels, in more lines, the figure grows and not its axes less."""
     (axes,) = figure.axes
     handles, labels = axes.get_legend_handles_labels()
     room = 72 * figure.get_size_inches()[0]
     fitting = all(len(label) <= _letters(room / 2 - _HANDLE, _LEGEND_SIZE) for label in labels)
     wide = _letters(room - _HANDLE, _LEGEND_SIZE)
+    texts = [_lines(label, wide) for label in labels]
+    rows = (1 + len(texts)) // 2 if fitting else sum(1 + text.count("\n") for text in texts)
+    more = max(rows - 1, 0) + axes.get_title().count("\n")
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + more * _ROW / 72)
     # Below the axes: nothing of the picture can end up behind it.
     figure.legend(
         handles,
-        [_lines(label, wide) for label in labels],
+        texts,
         loc="outside lower center",
         ncols=2 if fitting else 1,
         fontsize=_LEGEND_SIZE,
