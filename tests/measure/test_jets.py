@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import flexure
 from flexure import FlexureError, jet, units
@@ -385,6 +386,48 @@ def test_inside_transforms_of_torch_func() -> None:
     torch.testing.assert_close((gradient * v).sum(1), third[3])
 
 
+class SquareTimes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        return (x * x) @ w
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "function", "no_grad"])
+def test_gradients_are_not_lost_in_silence(kind: str) -> None:
+    layer, (x, v) = frozen(nn.Linear(3, 3)), points(2, 3)
+
+    def f(x: Tensor) -> Tensor:
+        if kind == "checkpoint":
+            return checkpoint(lambda x: layer(x.sin()), x, use_reentrant=True).sum(1)
+        if kind == "function":
+            return SquareTimes.apply(x, layer.weight).sum(1)
+        with torch.no_grad():
+            return layer(x.sin()).sum(1)
+
+    with pytest.raises(FlexureError, match=r"gradients were on.*use_reentrant=False"):
+        jet(f, x, v, order=2)
+    with torch.no_grad():
+        expected = jet(f, x, v, order=2)  # no gradient is asked for
+    layer.requires_grad_(False)
+    torch.testing.assert_close(jet(f, x, v, order=2), expected, rtol=0, atol=0)
+    assert float(expected[2].abs().max()) > 0
+
+
+def test_checkpoints_that_record_pass() -> None:
+    layer, (x, v) = frozen(nn.Linear(3, 3)), points(2, 3)
+    found = jet(lambda x: checkpoint(lambda x: layer(x.sin()), x, use_reentrant=False).sum(1), x, v,
+                order=2)  # fmt: skip
+    expected = jet(lambda x: layer(x.sin()).sum(1), x, v, order=2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    (mine,) = torch.autograd.grad(found[2].sum(), [layer.weight])
+    (other,) = torch.autograd.grad(expected[2].sum(), [layer.weight])
+    torch.testing.assert_close(mine, other)
+
+
 # --- what f may be, and what it may not -------------------------------------------------------
 
 
@@ -456,7 +499,9 @@ REFUSED: dict[str, tuple[Field, str]] = {
     "one norm": (lambda x: x.norm(1, dim=1), "p = 2"),
     "a varying mask": (lambda x: x.masked_fill(x > 0, 0.0).sum(1), "gt"),
     "a varying dial": (lambda x: units.ctu(x, torch.sigmoid(x)).sum(1), "dial"),
-    "vmap": (lambda x: torch.vmap(lambda row: (row * row).sum())(x), "vmap"),
+    "vmap": (lambda x: torch.vmap(lambda row: (row * row).sum())(x), "aten.mul.*vmap"),
+    "vmap beside": (lambda x: (x + torch.vmap(torch.sin)(x)).sum(1), "aten.sin.*vmap"),
+    "copied": (lambda x: (x + torch.tensor(x)).sum(1), r"aten.detach.*torch\.tensor"),
     "fill": (lambda x: torch.full_like(x, x[0, 0]).sum(1), "full_like"),
     "grid": (lambda x: F.grid_sample(IMAGES, x[:, None, None])[:, 0, 0, 0], "other"),
     "shape": (lambda x: x, r"shape \(2,\), got \(2, 2\)"),

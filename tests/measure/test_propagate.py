@@ -51,7 +51,7 @@ class Twin(Carrying):
         {
             **GENERAL,
             "add sub mul div truediv floordiv pow matmul neg exp view reshape flatten transpose "
-            "chunk clone to float silu T expand contiguous sum": on_both,
+            "chunk clone to float silu T expand contiguous sum select": on_both,
             "softmin": by_body,
             "dropout": lambda function, args, kwargs: args[0],
             "zero": lambda function, args, kwargs: torch.zeros(args[0].shape),
@@ -254,9 +254,42 @@ def test_the_reason_of_a_rule_is_given() -> None:
         model(twin(2, 3))
 
 
-def test_code_that_gets_round_the_rules_finds_no_number() -> None:
-    found = torch.vmap(lambda row: row + 1)(twin(2, 3))
-    assert bool(found.isnan().all())
+BELOW: dict[str, Callable[[Tensor], Any]] = {
+    "aten.add": torch.vmap(lambda row: row + 1),
+    "aten.pow": torch.func.grad(lambda x: (x**2).sum()),
+    "aten.sin": torch.func.jacrev(torch.sin),
+    "aten.detach": torch.tensor,
+    "aten.alias": lambda x: x.as_subclass(Tensor),
+    "aten.set_": lambda x: torch.ones(2, 3).set_(x),
+    "aten._local_scalar_dense": lambda x: torch.full((2,), x.select(0, 0).select(0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", BELOW)
+def test_code_that_gets_round_the_rules_is_refused(name: str) -> None:
+    x = Twin.of(torch.rand(2, 3), torch.rand(2, 3))
+    with pytest.raises(
+        FlexureError, match=rf"expected operations that a twin can pass, got {name}"
+    ):
+        BELOW[name](x)
+
+
+def test_arguments_that_a_rule_has_not_are_refused() -> None:
+    with pytest.raises(FlexureError, match=r"torch.Tensor.exp: .*not known here"):
+        twin(2).exp(depth=2)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("call", [
+    lambda x: torch.sum(x=x, axis=1), lambda x: x.sum(axis=1), lambda x: torch.sum(a=x, dim=1),
+    lambda x: torch.sum(input=x, dim=1), lambda x: torch.sum(x1=x, dim=1),
+])  # fmt: skip
+def test_names_of_numpy_are_those_of_torch(call: Any) -> None:
+    x = twin(2, 3)
+    try:
+        torch.Tensor(call(x.primal))
+    except TypeError:
+        pytest.skip("torch does not take it")
+    same(call(x), lambda t: t.sum(1), x)
 
 
 def test_an_unknown_name_in_a_table_is_a_mistake() -> None:

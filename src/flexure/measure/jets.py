@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from flexure.contracts import FlexureError
 from flexure.measure.jet_layers import KINKS, LAYERS, UNITS
 from flexure.measure.jet_reductions import REDUCTIONS
 from flexure.measure.jet_rules import ARITHMETIC
-from flexure.measure.propagate import GENERAL, Carrying, Unsupported, rule_table
+from flexure.measure.propagate import GENERAL, Carrying, Unsupported, carriers_in, rule_table
 
 __all__ = ["Jet", "jet", "taylor_coefficients"]
 
@@ -43,13 +44,25 @@ class Jet(Carrying):
             raise Unsupported("it has no rule for a jet; use flexure.units.ctu")
         return UNITS[name](x, *dials)
 
+    @classmethod
+    def passed(cls, out: Any, inputs: Any) -> None:
+        """Refuses to lose gradients that were asked for where f was called."""
+        off = _RECORDING.get() and not torch.is_grad_enabled()
+        if off and any(True for _ in carriers_in(out)) and any(_with_gradient(inputs)):
+            raise Unsupported(
+                "gradients were on where jet was called and are off here (torch.no_grad, "
+                "checkpoint(use_reentrant=True), an autograd.Function): they would be lost; leave "
+                "it out, take use_reentrant=False, or call jet inside torch.no_grad()"
+            )
+
 
 def jet(f: Callable[[Tensor], Any], x: Tensor, v: Tensor, *, order: int) -> Tensor:
     """The derivatives `Dⁿf(x)[v, ..., v]` for n = 0..order, in one pass.
 
     Truncated Taylor polynomials of x + t·v are propagated through every operation (Taylor mode,
     Griewank and Walther, Evaluating Derivatives, chapter 13). Differentiable like the value of f,
-    with respect to its parameters, x and v. Autocast is off inside.
+    with respect to its parameters, x and v; code in f that switches gradients off where one could
+    flow is refused, unless they are off where jet is called. Autocast is off inside.
 
     Args:
         f: `(B, *shape)` -> `(B,)` or `(B, 1)`, each sample by itself: a smooth function written
@@ -100,7 +113,7 @@ def taylor_coefficients(
     """
     _check(x, v, order)
     seed = Jet.of(x, (v, *(None,) * (order - 1)) if order else ())
-    with torch.autocast(x.device.type, enabled=False), _uncompiled():
+    with torch.autocast(x.device.type, enabled=False), _uncompiled(), _recording():
         try:
             y = f(seed)
         except OverflowError as error:  # of Python's numbers: beta ** order
@@ -109,10 +122,35 @@ def taylor_coefficients(
                 f"got one that is not ({error}); give a lower order"
             ) from error
     y = _as_column(logits_of(y), len(x))
-    if not isinstance(y, Jet):
-        y = _constant(seed, y)
+    y = y if isinstance(y, Jet) else seed.constant(y)
     rows = [torch.zeros_like(y.primal) if c is None else c for c in y.carried]
     return torch.stack([y.primal, *rows]), (True, *(c is not None for c in y.carried))
+
+
+_RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Notes whether gradients are on."""
+    token = _RECORDING.set(torch.is_grad_enabled())
+    try:
+        yield
+    finally:
+        _RECORDING.reset(token)
+
+
+def _with_gradient(args: Any) -> Iterator[bool]:
+    """For each tensor in nested arguments, whether a gradient can flow through it."""
+    if isinstance(args, Jet):
+        yield from _with_gradient((args.primal, args.carried))
+    elif isinstance(args, Tensor):
+        yield args.requires_grad
+    elif isinstance(args, (tuple, list)):
+        for item in args:
+            yield from _with_gradient(item)
+    elif isinstance(args, dict):
+        yield from _with_gradient(tuple(args.values()))
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -121,17 +159,6 @@ def _uncompiled() -> AbstractContextManager[Any]:
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
-
-
-def _constant(seed: Jet, y: Tensor) -> Jet:
-    """The jet of a value that no rule has touched."""
-    if bool(y.isnan().any()):  # what gets round the rules finds nan in the place of x
-        raise FlexureError(
-            "expected f to call torch's functions on its input, got a value that lost the jet on "
-            "its way (torch.vmap, TorchScript, a compiled extension inside f); "
-            "give f as plain Python code"
-        )
-    return seed.constant(y)
 
 
 def _as_column(y: Tensor, batch: int) -> Tensor:

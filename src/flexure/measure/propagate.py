@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from typing import Any, ClassVar, TypeAlias
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import resolve_name
 from typing_extensions import Self
 
 from flexure.contracts import FlexureError
+from flexure.measure.running import module_name, name_of, running_module
 
 __all__ = [
     "GENERAL",
@@ -73,7 +72,7 @@ class Carrying(Tensor):
     @classmethod
     def of(cls, primal: Tensor, carried: Any) -> Self:
         """A carrier with this plain value."""
-        # Never read. Code that gets round the rules (vmap, TorchScript) finds no number in it.
+        # Never read: `__torch_dispatch__` refuses code that would (vmap, TorchScript).
         nothing = torch.full((), torch.nan, dtype=primal.dtype, device=primal.device)
         shell: Self = nothing.expand(primal.shape).as_subclass(cls)
         shell.primal, shell.carried = primal, carried
@@ -94,6 +93,7 @@ class Carrying(Tensor):
         """Called by `flexure.units.functional` for an input that is a carrier."""
         try:
             out = cls.unit_rule(name, x, *dials)
+            cls.passed(out, (x, dials))
             return _overwritten(_writable(x), out) if inplace else out
         except Unsupported as error:
             raise cls._error(f"flexure.units.{name}", str(error)) from None
@@ -106,9 +106,29 @@ class Carrying(Tensor):
         try:
             if spelling is None:
                 raise Unsupported(f"it has no rule for a {cls.subject}; {cls.advice(func)}")
-            return spelling.run(args, dict(kwargs or {}))
+            out = spelling.run(args, dict(kwargs or {}))
+            cls.passed(out, (args, kwargs))
+            return out
         except Unsupported as error:
-            raise cls._error(_name(func), str(error)) from None
+            raise cls._error(name_of(func), str(error)) from None
+        except TypeError as error:  # of a rule that has not these arguments
+            reason = f"it is called in a way that is not known here ({error})"
+            raise cls._error(name_of(func), reason) from error
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Refuses what gets past the functions of torch, to where nothing is carried along."""
+        raise cls._error(
+            str(func),
+            f"it reached a {cls.subject} from below torch's functions (torch.vmap, torch.func, "
+            f"TorchScript, a compiled extension, torch.tensor); {cls.advice(func)}",
+        )
+
+    @classmethod
+    def passed(cls, out: Any, inputs: Any) -> None:
+        """Called with each result and what it was made of; raises `Unsupported` to refuse it."""
 
     @classmethod
     def advice(cls, func: Any) -> str:
@@ -117,7 +137,7 @@ class Carrying(Tensor):
 
     @classmethod
     def _error(cls, name: str, reason: str) -> FlexureError:
-        where = _running_module()
+        where = module_name()
         return FlexureError(
             f"expected operations that a {cls.subject} can pass, got {name}"
             f"{f' in {where}' if where else ''}: {reason}"
@@ -173,22 +193,6 @@ def carriers_in(args: Any) -> Iterator[Carrying]:
 def primal_of(x: Any) -> Any:
     """The plain value of a carrier; anything else is itself."""
     return x.primal if isinstance(x, Carrying) else x
-
-
-def running_module() -> tuple[str, nn.Module] | None:
-    """The innermost module that runs, after its path in the outermost one; None outside modules."""
-    running: list[nn.Module] = []
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self") if frame.f_code.co_argcount else None
-        if isinstance(owner, nn.Module) and (not running or running[-1] is not owner):
-            running.append(owner)
-        frame = frame.f_back
-    if not running:
-        return None
-    inner = running[0]
-    paths = (path for root in reversed(running) for path, m in root.named_modules() if m is inner)
-    return next((path for path in paths if path), ""), inner
 
 
 def with_primals(args: Any) -> Any:
@@ -283,8 +287,10 @@ class _Spelling:
     def run(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if kwargs.pop("out", None) is not None:
             raise Unsupported("out= writes into a tensor that carries nothing; leave it out")
-        if "input" in kwargs:
-            args = (kwargs.pop("input"), *args)
+        kwargs = {_FORMAL.get(name, name): value for name, value in kwargs.items()}
+        first = next((name for name in ("input", "self") if name in kwargs), None)
+        if first and self.function is not torch.where:  # where it comes second
+            args = (kwargs.pop(first), *args)
         args = tuple(reversed(args)) if self.reflected else tuple(args)
         writes = self.writes
         if self.inplace_at is not None:
@@ -297,6 +303,11 @@ class _Spelling:
         out = self.rule(self.function, args, kwargs)
         _relate(out, carriers_in((args, kwargs)))
         return out
+
+
+_FORMAL = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input"}
+_FORMAL |= {"x2": "other"}
+"""NumPy's names of parameters, which torch's functions take too -> torch's."""
 
 
 def _relate(out: Any, inputs: Iterable[Carrying]) -> None:
@@ -381,20 +392,3 @@ def _inplace_at(function: Any) -> int | None:
         return None
     names = list(inspect.signature(function).parameters)
     return names.index("inplace") if "inplace" in names else None
-
-
-def _name(func: Any) -> str:
-    """What a user calls it."""
-    owner = getattr(func, "__self__", None)
-    if getattr(func, "__name__", "") == "__get__":
-        return f"torch.Tensor.{getattr(owner, '__name__', 'property')}"
-    return resolve_name(func) or str(getattr(func, "__name__", func))
-
-
-def _running_module() -> str:
-    """What a user calls the innermost module that runs."""
-    found = running_module()
-    if found is None:
-        return ""
-    path, module = found
-    return f"module {path!r} ({type(module).__name__})" if path else type(module).__name__
