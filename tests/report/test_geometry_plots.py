@@ -171,6 +171,7 @@ def test_names_of_any_kind_stay_in_the_picture(name: str) -> None:
     figure.draw_without_rendering()
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 1
+    assert axes.get_window_extent().height > 0.6 * 72 * PANEL[1]  # the axes are not pressed flat
     for text in (legend.get_texts()[0], axes.title):
         box = text.get_window_extent()
         assert box.x0 >= 0
