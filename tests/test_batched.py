@@ -197,6 +197,53 @@ def test_a_start_at_a_wrong_eigenvector_is_not_believed(
     assert found.converged.double().mean() > 0.95
 
 
+@pytest.mark.parametrize(("size", "batch"), [(300, 4000), (3072, 400)])
+def test_rounding_that_covers_the_way_out_of_a_wrong_eigenspace(size: int, batch: int) -> None:
+    """In float32 the start and its image are parallel to rounding, and the largest hides there."""
+    values = torch.full((size,), 0.97)
+    values[-1] = 1.0
+    found = lanczos(
+        lambda v, _: v * values, near_first(batch, size).float(), tol=1e-2, max_products=20
+    )
+    assert (found.converged & (found.norm < 0.98)).sum() <= 1
+    assert found.converged.all()
+    assert found.products.max() <= 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 2, 30, 3072, 150_528])
+@pytest.mark.parametrize("eigenvalue", [0.0, 0.97, -3e-20])
+def test_multiples_of_the_identity_take_few_products(
+    eigenvalue: float, size: int, dtype: torch.dtype
+) -> None:
+    start = near_first(3, size).to(dtype)
+    found = lanczos(lambda v, _: eigenvalue * v, start, tol=1e-2, max_products=20)
+    assert found.converged.all()
+    assert found.norm.tolist() == pytest.approx([abs(eigenvalue)] * 3, rel=1e-6)
+    assert found.products.max() <= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_operators_of_rank_one_take_few_products(dtype: torch.dtype) -> None:
+    u = near_first(1, 3072)[0].to(dtype)
+    starts = near_first(20, 3072).flip(0).to(dtype)
+    found = lanczos(lambda v, _: (v @ u)[:, None] * u, starts, tol=1e-2, max_products=20)
+    assert found.converged.all()
+    assert found.norm.tolist() == pytest.approx([(u @ u).item()] * 20, rel=1e-5)
+    assert found.products.max() <= 3
+
+
+def test_a_start_with_no_quotient_of_its_own_is_not_the_end() -> None:
+    """vᵀHv = 0 on a saddle, though Hv is not zero."""
+    found = lanczos(
+        product_of(diagonal(1, -1)[None]),
+        torch.ones(1, 2, dtype=torch.float64),
+        tol=1e-8,
+        max_products=9,
+    )
+    assert (found.norm.item(), found.products.item()) == (pytest.approx(1), 2)
+
+
 def test_the_residual_alone_would_believe_it() -> None:
     values = torch.zeros(1000, dtype=torch.float64)
     values[:2] = torch.tensor([1.0, 1.05])

@@ -86,7 +86,10 @@ def lanczos(
     beyond all Ritz values with Σ_j p_j(±t)² >= 1/γ². The random share of the start vector makes
     |γ| small only by bad luck (van Dorsselaer, Hochstenbach and van der Vorst 2000, "Computing
     probabilistic bounds for extreme eigenvalues of symmetric matrices with the Lanczos method").
-    A sample is done as well when its vectors span an invariant subspace.
+    Where nothing but rounding is left of a next vector, an invariant subspace may have been found,
+    or rounding may have covered the little that leads out of it. The method then goes on from a
+    fresh random vector; probabilities that both random parts were too small multiply. A sample is
+    done as well when its vectors span the whole space.
 
     Args:
         product: see `Product`; called with the samples that are not done.
@@ -104,9 +107,7 @@ def lanczos(
     _check(start, tol, max_products)
     flat = start.flatten(1)
     size = flat.shape[1]
-    # For a uniformly random unit vector r, P(|r·u| < δ) <= δ·sqrt(2·size/π).
-    hidden = doubt * math.sqrt(math.pi / (2 * size)) * random_share / (1 + random_share)
-    krylov = _Krylov(flat)
+    krylov = _Krylov(flat, random_share / (1 + random_share))
     done = _unfinished(start)
     rows = torch.arange(len(flat))
     while len(rows):
@@ -114,7 +115,7 @@ def lanczos(
         krylov.extend(product(newest, rows.to(start.device)).reshape(len(rows), size))
         ritz = krylov.largest()
         known = ritz.residual <= tol * ritz.value.abs()
-        known &= krylov.spans | krylov.excludes((1 + 2 * tol) * ritz.value.abs(), hidden)
+        known &= krylov.spans | krylov.excludes((1 + 2 * tol) * ritz.value.abs(), doubt)
         known &= krylov.finite
         over = known | krylov.spans | ~krylov.finite
         if krylov.length >= max_products:
@@ -202,15 +203,17 @@ class _Krylov:
 
     H V = V S + next ⊗ e_k holds to rounding, whatever the product's own errors: S keeps all
     coefficients (Arnoldi), not only the three of a symmetric operator in exact arithmetic. The
-    small matrices are float64 on the CPU.
+    small matrices are float64 on the CPU. `share` is the norm of the random part of unit starts.
     """
 
-    def __init__(self, start: Tensor) -> None:
+    def __init__(self, start: Tensor, share: float) -> None:
         self.vectors = (start / norms(start)[:, None]).unsqueeze(1)
         self.matrix = torch.zeros(len(start), 0, 0, dtype=torch.float64)
         self.next = torch.ones(len(start), dtype=torch.float64)
         self.spans = torch.zeros(len(start), dtype=torch.bool)
         self.finite = torch.ones(len(start), dtype=torch.bool)
+        self.fresh = torch.zeros(len(start), 1, dtype=torch.bool)
+        self._share = share
         # What is left of a vector within the space by rounding alone, after two projections.
         self._rounding = 4 * torch.finfo(start.dtype).eps
 
@@ -233,12 +236,33 @@ class _Krylov:
         self.matrix[:, done, done - 1 : done] = self.next[:, None]
         self.finite = (largest + length).isfinite().cpu()
         self.matrix[~self.finite] = 0.0
-        unit = rest / torch.where(length > 0, length, 1.0)[:, None]
-        self.vectors = torch.cat([self.vectors, unit.unsqueeze(1)], 1)
         self.next = length.cpu().double()
-        scale = self.matrix.abs().amax((1, 2))
-        self.spans = (self.next <= self._rounding * scale) | (done + 1 == image.shape[1])
+        covered = self.next <= self._rounding * self._scale
+        zero = covered & (self._scale == 0)
+        self.spans = zero | (done + 1 == image.shape[1])
+        fresh = covered & ~self.spans & self.finite
+        self.fresh = torch.cat([self.fresh, fresh[:, None]], 1)
+        unit = rest / torch.where(length > 0, length, 1.0)[:, None]
+        if fresh.any():
+            unit[fresh.to(unit.device)] = self._outside(fresh)
+        self.vectors = torch.cat([self.vectors, unit.unsqueeze(1)], 1)
         self.next[self.spans | ~self.finite] = 0.0
+
+    @property
+    def _scale(self) -> Tensor:
+        """The size of each operator within its space."""
+        return self.matrix.abs().amax((1, 2))
+
+    def _outside(self, rows: Tensor) -> Tensor:
+        """Unit vectors orthogonal to the spaces, random; the same draw for every sample."""
+        basis = self.vectors[rows.to(self.vectors.device)]
+        drawn_by = torch.Generator().manual_seed(self.length)
+        drawn = torch.randn(basis.shape[2], generator=drawn_by, dtype=torch.float64)
+        rest = drawn.to(basis).expand(len(basis), -1)
+        for _ in range(2):
+            part = basis @ rest.unsqueeze(2)
+            rest = rest - (part.mT @ basis).squeeze(1)
+        return rest / norms(rest)[:, None]
 
     def largest(self) -> _Ritz:
         """The Ritz pair of largest magnitude."""
@@ -253,24 +277,42 @@ class _Krylov:
         residual = torch.linalg.vector_norm(torch.cat([inside, outside[:, None]], 1), dim=1)
         return _Ritz(value, coordinates, residual)
 
-    def excludes(self, bound: Tensor, hidden: float) -> Tensor:
-        """Whether no eigenvector with a part of at least `hidden` in the start lies beyond ±bound.
+    def excludes(self, bound: Tensor, doubt: float) -> Tensor:
+        """Whether an eigenvalue beyond ±bound would have to hide by bad luck of less than `doubt`.
 
-        Its eigenvalue's part in the space would exceed 1.
+        Its eigenvector has parts in the vectors of the space, of known ratios and at most 1, so
+        that it had too small a part in the start, and in every fresh vector.
         """
-        if not hidden:
+        if not self._share:
             return torch.ones_like(self.finite)
         points = torch.stack([bound, -bound], 1)
         before, now = torch.zeros_like(points), torch.ones_like(points)
         total, last = now.square(), torch.zeros(len(points), 1, dtype=torch.float64)
+        luck, share = torch.ones_like(points), torch.full_like(last, self._share)
+        floor = self._rounding * self._scale
         for step in range(self.length):
             below = self.next if step + 1 == self.length else self.matrix[:, step + 1, step]
-            centre = self.matrix[:, step, step]
-            after = ((points - centre[:, None]) * now - last * before) / below[:, None]
-            before, now, last = now, after, below[:, None]
+            below = torch.maximum(below, floor)[:, None]
+            centre = self.matrix[:, step, step, None]
+            after = ((points - centre) * now - last * before) / below
+            before, now, last = now, after, below
             total = total + now.square()
-        # An overflow on the way means an enormous part, too.
-        return ((total >= hidden**-2) | ~total.isfinite()).all(1)
+            fresh = self.fresh[:, step + 1, None]
+            luck = torch.where(fresh, luck * self._luck(total, share), luck)
+            before, last = torch.where(fresh, 0.0, before), torch.where(fresh, 0.0, last)
+            now, total = torch.where(fresh, 1.0, now), torch.where(fresh, 1.0, total)
+            share = torch.where(fresh, 1.0, share)
+        return (luck * self._luck(total, share) <= doubt).all(1)
+
+    def _luck(self, total: Tensor, share: Tensor) -> Tensor:
+        """The probability, at most, of a part below total^(−1/2) in a start of this random share.
+
+        For a uniformly random unit vector r, P(|r·u| < δ) <= δ·sqrt(2·size/π). A total that has
+        overflown is enormous.
+        """
+        size = self.vectors.shape[2]
+        part = torch.where(total.isfinite(), total.rsqrt(), 0.0) / share
+        return (part * math.sqrt(2 * size / math.pi)).clamp(max=1.0)
 
     def keep(self, rows: Tensor) -> None:
         """Forgets the other samples."""
@@ -279,6 +321,7 @@ class _Krylov:
         self.vectors = self.vectors[rows.to(self.vectors.device)]
         self.matrix, self.next = self.matrix[rows], self.next[rows]
         self.spans, self.finite = self.spans[rows], self.finite[rows]
+        self.fresh = self.fresh[rows]
 
 
 def _write(
