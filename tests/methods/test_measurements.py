@@ -241,6 +241,7 @@ def test_what_is_no_number_is_told_in_words() -> None:
     )
     assert str(QuantityEstimate("m", "q", "mean", nan, nan, nan, 0, None, "q")) == "not defined"
     assert str(QuantityEstimate("m", "q", "mean", 2.0, nan, nan, 1, None, "q")) == "2"
+    assert str(QuantityEstimate("m", "q", "median", 2.0, -inf, inf, 5, None, "q")) == "2"
 
 
 def test_radii_are_told_apart(pair: Measurements) -> None:

@@ -152,6 +152,8 @@ class Measurements:
             f"{self.samples} samples; means over samples unless stated; 95 % intervals over "
             f"samples in brackets"
         )
+        if len(self.models) > 1:
+            told += "; compared sample by sample, medians by the median of the ratios"
         return "\n".join([told, *lines, *(f"Note: {note}" for note in self.notes)])
 
     def _bound_cells(self) -> list[list[str]]:

@@ -75,8 +75,9 @@ class QuantityEstimate:
 
     @property
     def has_interval(self) -> bool:
-        """Whether it has an interval: not at one sample, and not where a statistic has none."""
-        return not (math.isnan(self.low) or math.isnan(self.high))
+        """Whether an interval says anything: not of too few samples, nor of such a statistic."""
+        unknown = math.isnan(self.low) or math.isnan(self.high)
+        return not unknown and (self.low, self.high) != (-math.inf, math.inf)
 
     def __str__(self) -> str:
         return "not defined" if math.isnan(self.value) else self._told()
