@@ -108,7 +108,7 @@ def knowledge_table(networks: list[dict[str, Any]]) -> None:
     for network in networks:
         cells = [network["name"]]
         for name, (_, factor, digits) in KNOWLEDGE.items():
-            statistic = "pooled" if name == "ece" else "mean"
+            statistic = "plug-in" if name == "ece" else "mean"
             estimate = one(network["estimates"], name, statistic)
             difference = one(network["differences"], name, statistic)
             cells.append(shown(estimate, factor=factor, digits=digits))
@@ -186,19 +186,22 @@ def beta(network: dict[str, Any]) -> float:
 
 def one(found: list[dict[str, Any]], quantity: str, statistic: str) -> dict[str, Any] | None:
     """An estimate or difference; None where there is none."""
-    rows = [row for row in found if (row["quantity"], row["statistic"]) == (quantity, statistic)]
+    # Results of before 21 November 2026 name the plug-in ECE "pooled".
+    names = {statistic, "pooled"} if statistic == "plug-in" else {statistic}
+    rows = [row for row in found if row["quantity"] == quantity and row["statistic"] in names]
     return rows[0] if rows else None
 
 
 def shown(
     row: dict[str, Any] | None, *, factor: float = 1.0, digits: int | None = None, sign: str = ""
 ) -> str:
-    """A value and its interval."""
+    """A value and its interval, if it has one."""
     if row is None:
         return "–"
     form = f"{sign}.{4 if digits is None else digits}{'g' if digits is None else 'f'}"
     value, low, high = (format(factor * float(row[key]), form) for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    # The plug-in ECE is biased upward: a bootstrap around it is no interval.
+    return value if row["quantity"] == "ece" else f"{value} [{low}, {high}]"
 
 
 def table(head: list[str], rows: list[list[str]]) -> None:
