@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import flexure
 from flexure.contracts import FlexureError
 from flexure.measure import products
-from flexure.measure.checks import check_field, unchanged_randomness
+from flexure.measure.checks import check_field
 from flexure.measure.fields import measuring
+from flexure.measure.state import unchanged_randomness
 from flexure.measure.wide import in_float64
 from tests.networks import Swin, resnet18
 
@@ -381,3 +382,17 @@ def test_curvature_of_networks_in_training_mode_is_that_of_eval_mode() -> None:
     found = flexure.curvature(net.train(), x, y)
     assert net[0][1].training
     assert found.normalized.equal(flexure.curvature(net.eval(), x, y).normalized)
+
+
+class Arrays(nn.Module):
+    """NumPy's arrays and strings among the arguments of torch's functions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autograd.profiler.record_function("here"):
+            shift = torch.as_tensor(np.linspace(0.0, 1.0, 5, dtype=np.float32))
+            return x.sin() * torch.tensor(np.ones(5)) + shift
+
+
+def test_numpy_constants_labels_and_data_parallel_pass() -> None:
+    checked(nn.Sequential(Arrays(), mlp()), torch.randn(5, 5))
+    checked(nn.DataParallel(mlp()), torch.randn(5, 5))

@@ -21,12 +21,7 @@ from flexure.measure.products import PRODUCTS
 from flexure.measure.state import unchanged_randomness
 from flexure.measure.wide import in_float64
 
-__all__ = [
-    "ScalarField",
-    "check_field",
-    "refuse_not_finite",
-    "unchanged_randomness",
-]
+__all__ = ["ScalarField", "check_field", "refuse_not_finite"]
 
 ScalarField: TypeAlias = Callable[[Tensor], Tensor]
 """(n, *shape) inputs -> (n,) values, for any n."""

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from flexure.calling import call_model, copied, evaluating, logits_of, map_tensors
 from flexure.contracts import FlexureError
-from flexure.measure.state import twice_differentiable, unchanged_randomness
+from flexure.measure.state import (
+    full_precision,
+    one_at_a_time,
+    twice_differentiable,
+    unchanged_randomness,
+)
 
 __all__ = ["Field", "margin", "measuring", "point_of", "scalar_field"]
 
@@ -159,23 +164,40 @@ def measuring(model: Any) -> Iterator[None]:
     """The state in which measures call a model; everything is put back at the end.
 
     Eval mode, parameters without gradients (the input's are what is asked for), autocast off,
-    grad mode on, and scaled-dot-product attention by its MATH backend, the only one that can be
-    differentiated twice. What models draw from global random generators is put back.
+    grad mode on, no TF32, and scaled-dot-product attention by its MATH backend, the only one that
+    can be differentiated twice. What models draw from global random generators is put back. One
+    thread of the process is inside at a time.
 
     Args:
         model: a module, or anything else, which is left alone.
+
+    Raises:
+        FlexureError: the model was built in inference mode.
     """
     with ExitStack() as stack:
+        stack.enter_context(one_at_a_time())
+        if isinstance(model, nn.Module):
+            _refuse_inference(model)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for device in {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}:
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(twice_differentiable())
+        stack.enter_context(full_precision())
         stack.enter_context(unchanged_randomness())
         if isinstance(model, nn.Module):
             stack.enter_context(evaluating(model))
             stack.enter_context(_constant(model))
         yield
+
+
+def _refuse_inference(model: nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_inference():
+            raise FlexureError(
+                f"expected a model that was built outside of torch.inference_mode, got {name!r} "
+                f"made inside, which autograd cannot use; measure copy.deepcopy(model)"
+            )
 
 
 @contextmanager

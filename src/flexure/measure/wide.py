@@ -100,4 +100,5 @@ def _widened(leaf: Any) -> Any:
     """A floating-point tensor or dtype, at least as wide as float64; anything else as it is."""
     if isinstance(leaf, Tensor):
         return leaf.double() if leaf.dtype in _NARROW else leaf
-    return torch.float64 if leaf in _NARROW and isinstance(leaf, torch.dtype) else leaf
+    # Others are not even compared: arrays answer with arrays.
+    return torch.float64 if isinstance(leaf, torch.dtype) and leaf in _NARROW else leaf
