@@ -368,3 +368,68 @@ def test_refusals() -> None:
         with pytest.raises(FlexureError, match=r"expected .* got .*; "):
             call()
     assert ctu(torch.zeros(1), 0.5).item() >= 0
+
+
+@pytest.mark.parametrize("value", [-3.0, -0.5, -1e-3, 1e-3, 0.3, 1.0, 1.5, 30.0])
+@pytest.mark.parametrize("cls", [nn.ELU, nn.LeakyReLU, nn.CELU, nn.Softplus, nn.PReLU])
+def test_no_parameter_brings_a_module_outside(cls: type[nn.Module], value: float) -> None:
+    module = cls(1, value).double() if cls is nn.PReLU else cls(value)
+    if cls is nn.CELU and value < 0:
+        with pytest.raises(FlexureError, match="positive alpha"):
+            module_unit_bounds(module)
+        return
+    bounds = module_unit_bounds(module)
+    slope, bend = derivatives(module, GRID[::8])
+    assert float(bounds.slope_min) - 1e-12 <= slope.min()
+    assert slope.max() <= float(bounds.slope_max) + 1e-12
+    assert bend.abs().max() <= float(bounds.curvature) * (1 + 1e-12)
+    assert bounds.lipschitz >= 0
+
+
+@pytest.mark.parametrize("limits", [(-1.0, 1.0), (0.0, 6.0), (1.0, 2.0), (-3.0, -2.0)])
+def test_hardtanh_between_any_limits(limits: tuple[float, float]) -> None:
+    slope, _ = derivatives(nn.Hardtanh(*limits), GRID[::8])
+    bounds = module_unit_bounds(nn.Hardtanh(*limits))
+    assert (bounds.slope_min, bounds.slope_max) == (slope.min(), slope.max())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: module_unit_bounds(nn.Softplus(threshold=5.0)),
+        lambda: module_unit_bounds(nn.Threshold(0.5, 0.5)),
+        lambda: unit_bounds("softplus", beta=0.0),
+        lambda: unit_bounds("celu", alpha=0.0),
+        lambda: unit_bounds("celu", alpha=math.inf),
+        lambda: unit_bounds("elu", alpha=math.nan),
+        lambda: unit_bounds("leaky_relu", slope=math.nan),
+        lambda: unit_bounds("gelu", approximate="sigmoid"),
+        lambda: unit_bounds("clamp", cap=-1.0),
+        lambda: centered_softplus_bounds(-1.0),
+        lambda: centered_softplus_bounds(torch.tensor([1.0, -1.0])),
+        lambda: ctu_bounds(0.5, activation="clamp", params={"cap": -1}),
+        lambda: ctu_bounds(0.5, activation="clamp", params={"limit": 6.0}),
+        lambda: ctu_bounds(0.5, activation="leaky_relu"),
+        lambda: ctu_bounds(0.5, activation="nope"),
+        lambda: ctu_bounds(torch.rand(3), torch.rand(2)),
+    ],
+)
+def test_refuses_what_has_no_bounds(call: Callable[[], UnitBounds]) -> None:
+    with pytest.raises(FlexureError, match=r"expected .* got .*; "):
+        call()
+
+
+@pytest.mark.parametrize("cap", [1e-3, 6.0, 1e300])
+@pytest.mark.parametrize("beta", [1e-320, 1e-200, 1e-17, 1e-12, 1e-9])
+def test_a_capped_ctu_at_the_smallest_dials(beta: float, cap: float) -> None:
+    bounds = ctu_bounds(beta, 0.5, activation="clamp", params={"cap": cap})
+    limit = ctu_bounds(0.0, 0.5, activation="clamp", params={"cap": cap})
+    x = torch.cat([torch.linspace(-40, 40, 20_001, dtype=DOUBLE), torch.tensor([cap / 2])])
+    slope = plain.ctu_slope(x, beta, 0.5) - plain.ctu_slope(x - cap, beta, 0.5)
+    bend = plain.ctu_curvature(x, beta, 0.5) - plain.ctu_curvature(x - cap, beta, 0.5)
+    assert bounds.slope_min <= slope.min() + 1e-15
+    assert slope.max() <= bounds.slope_max + 1e-15
+    assert bend.abs().max() <= bounds.curvature + 1e-15
+    assert bounds.curvature == pytest.approx(limit.curvature, rel=1e-6, abs=2e-9)
+    if cap < 10:
+        assert bounds.slope_max == pytest.approx(limit.slope_max, abs=1e-7)

@@ -68,7 +68,7 @@ def unit_bounds(name: str, **params: Any) -> UnitBounds:
             (a number or a tensor), `cap`, `beta`, `approximate`, `alpha`.
 
     Raises:
-        FlexureError: a name without bounds, with the reason, or parameters that it does not have.
+        FlexureError: no bounds, with the reason; or parameters that it does not have.
 
     Example:
         >>> unit_bounds("tanh").slope_max
@@ -92,7 +92,11 @@ def centered_softplus_bounds(beta: float | Tensor) -> UnitBounds:
     """Of `centered_softplus(x, beta)`: slopes 0 to 1, curvature beta/4, relative curvature beta.
 
     beta = 0 is x/2: slopes 1/2.
+
+    Raises:
+        FlexureError: beta is negative or nan.
     """
+    _check(beta, "beta of at least 0", lambda value: value >= 0)
     if isinstance(beta, Tensor):
         beta = beta.detach().double()
         low, high = torch.where(beta == 0, 0.5, 0.0), torch.where(beta == 0, 0.5, 1.0)
@@ -125,21 +129,27 @@ def ctu_bounds(
         Floats where all is a number, else float64 tensors.
 
     Raises:
-        FlexureError: a dial outside [0, 1], or a pooling, which is no function of one variable.
+        FlexureError: a dial outside [0, 1], shapes that do not fit together, an unknown activation
+            or parameter, or a pooling, which is no function of one variable.
     """
     check_dial(beta, c)
-    form = SPECS[activation].form
-    if form not in _FORMS:
-        raise FlexureError(
-            f"expected a unit of one variable, got {activation!r}; {UNBOUNDED[activation]}"
-        )
+    form = SPECS[activation].form if activation in SPECS else None
+    if form is None or form not in _FORMS:
+        why = UNBOUNDED.get(activation, "it is not in the catalogue")
+        raise FlexureError(f"expected a unit of one variable, got {activation!r}; {why}")
     c = balanced_c(beta) if isinstance(c, str) else c
     given = dict(params or {})
     parts = (beta, c, *given.values())
+    _check_shapes(parts)
     device = next((p.device for p in parts if isinstance(p, Tensor)), None)
     wide_beta, wide_c = _wide(beta, device), _wide(c, device)
     wide_beta, wide_c = wide_beta + 0 * wide_c, wide_c + 0 * wide_beta
-    bounds = _FORMS[form](wide_beta, wide_c, **given)
+    try:
+        bounds = _FORMS[form](wide_beta, wide_c, **given)
+    except TypeError as error:
+        raise FlexureError(
+            f"expected the parameters of {activation}, got {sorted(given)}: {error}; give each"
+        ) from error
     if any(isinstance(part, Tensor) for part in parts):
         return bounds
     return UnitBounds(*(float(getattr(bounds, name)) for name in _FIELDS))
@@ -171,6 +181,31 @@ def module_unit_bounds(module: nn.Module) -> UnitBounds:
 _FIELDS = ("slope_min", "slope_max", "curvature", "relative_curvature")
 
 
+def _check(value: Any, expected: str, right: Callable[[Any], Any]) -> None:
+    """Refuses a parameter, or a tensor of them, that is not `right`; nan never is."""
+    if not bool(torch.as_tensor(right(value)).all()):
+        raise FlexureError(f"expected {expected}, got {value}; other values have no bounds here")
+
+
+def _check_cap(cap: float | None) -> None:
+    _check(cap, "a positive cap", lambda value: value is None or value > 0)
+
+
+def _check_finite(**values: Any) -> None:
+    for name, value in values.items():
+        _check(value, f"a finite {name}", lambda v: abs(v) < math.inf)
+
+
+def _check_shapes(parts: tuple[Any, ...]) -> None:
+    shapes = [tuple(part.shape) for part in parts if isinstance(part, Tensor)]
+    try:
+        torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise FlexureError(
+            f"expected dials of one shape (channels,), got {shapes}; give one value a channel"
+        ) from error
+
+
 def _wide(value: float | Tensor, device: torch.device | None) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().double()
@@ -195,6 +230,7 @@ def _rectified(beta: Tensor, c: Tensor) -> UnitBounds:
 
 
 def _leaky(beta: Tensor, c: Tensor, slope: float | Tensor) -> UnitBounds:
+    _check_finite(slope=slope)
     alpha = _wide(slope, beta.device)
     unit = _rectified(beta, c)
     # end + alpha·(1 - end), which keeps 0 and 1 exact.
@@ -212,7 +248,8 @@ def _inf_unless(identity: Tensor) -> Tensor:
 
 
 def _capped(beta: Tensor, c: Tensor, cap: float | None) -> UnitBounds:
-    if cap is None:
+    _check_cap(cap)
+    if cap is None or cap == math.inf:
         return _rectified(beta, c)
     seen: dict[tuple[float, float], tuple[float, float, float]] = {}
     for pair in zip(beta.flatten().tolist(), c.flatten().tolist(), strict=True):
@@ -242,11 +279,13 @@ def _times(bounds: UnitBounds, scale: Tensor) -> UnitBounds:
     )
 
 
-def _kinked(**params: Any) -> UnitBounds:
+def _kinked(cap: float | None = None) -> UnitBounds:
+    _check_cap(cap)
     return UnitBounds(0.0, 1.0, math.inf)
 
 
 def _leaky_relu(slope: float | Tensor) -> UnitBounds:
+    _check_finite(slope=slope)
     if isinstance(slope, Tensor):
         alpha = slope.detach().double()
         bent = _inf_unless(alpha == 1)
@@ -255,16 +294,21 @@ def _leaky_relu(slope: float | Tensor) -> UnitBounds:
     return UnitBounds(min(slope, 1.0), max(slope, 1.0), jump, jump)
 
 
-def _softplus(beta: float) -> UnitBounds:
-    # As published; PyTorch's linear part beyond its threshold is not counted.
-    return UnitBounds(0.0, 1.0, beta / 4, beta)
+def _softplus(beta: float, threshold: float = 20.0) -> UnitBounds:
+    # The jump where PyTorch goes on as x is below float32's rounding from its default on.
+    _check(threshold, "softplus with a threshold of at least 20", lambda value: value >= 20.0)
+    _check(beta, "a finite beta other than 0", lambda value: 0 < abs(value) < math.inf)
+    # A negative beta turns the function by half a turn about 0.
+    return UnitBounds(0.0, 1.0, abs(beta) / 4, abs(beta))
 
 
 def _gelu(approximate: str) -> UnitBounds:
+    _check(approximate, "approximate 'none' or 'tanh'", lambda value: value in ("none", "tanh"))
     return _GELU_TANH if approximate == "tanh" else _GELU_ERF
 
 
 def _elu(alpha: float) -> UnitBounds:
+    _check_finite(alpha=alpha)
     smooth = alpha == 1
     return UnitBounds(
         min(alpha, 0.0),
@@ -275,10 +319,13 @@ def _elu(alpha: float) -> UnitBounds:
 
 
 def _celu(alpha: float) -> UnitBounds:
+    # exp(x/alpha) grows without bound for a negative alpha.
+    _check(alpha, "a finite positive alpha", lambda value: 0 < value < math.inf)
     return UnitBounds(0.0, 1.0, 1.0 / alpha, 1.0 / alpha)
 
 
 def _rrelu(lower: float, upper: float) -> UnitBounds:
+    _check_finite(lower=lower, upper=upper)
     return UnitBounds(min(lower, 1.0), max(upper, 1.0), math.inf)
 
 
@@ -294,10 +341,10 @@ _ERF = UnitBounds(0.0, 1.1283791670955128, 0.9678828980765736)
 _LAPLACE = UnitBounds(0.0, 1.4142125184828967, 3.0406893132075936)
 
 UNIT_BOUNDS: Mapping[str, Callable[..., UnitBounds]] = {
-    "relu": _kinked,
-    "clamp": lambda cap: _kinked(),
-    "threshold": lambda cap: _kinked(),
-    "zero_bound": _kinked,
+    "relu": lambda: _kinked(),
+    "clamp": lambda cap: _kinked(cap),
+    "threshold": lambda cap: _kinked(cap),
+    "zero_bound": lambda: _kinked(),
     "leaky_relu": _leaky_relu,
     "prelu": _leaky_relu,
     "rrelu": _rrelu,
@@ -312,10 +359,10 @@ UNIT_BOUNDS: Mapping[str, Callable[..., UnitBounds]] = {
     "elu": _elu,
     "selu": lambda: UnitBounds(0.0, 1.7580993408473769, math.inf),
     "celu": _celu,
-    "hardtanh": _kinked,
-    "hardsigmoid": lambda: UnitBounds(0.0, 1 / 6, math.inf),
+    "hardtanh": lambda: _kinked(),
+    "hardsigmoid": lambda: UnitBounds(0.0, math.nextafter(1 / 6, 1), math.inf),
     "logsigmoid": lambda: UnitBounds(0.0, 1.0, 0.25, 1.0),
-    "softshrink": _kinked,
+    "softshrink": lambda: _kinked(),
     "tanhshrink": lambda: UnitBounds(0.0, 1.0, _TANH.curvature),
     "softsign": lambda: UnitBounds(0.0, 1.0, 2.0, 2.0),
     "tanh": lambda: _TANH,
@@ -331,6 +378,7 @@ _ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "elu": ("alpha",),
     "celu": ("alpha",),
     "rrelu": ("lower", "upper"),
+    "softplus": ("threshold",),
 }
 """What a module's row does not read of it, because no CTU needs it."""
 

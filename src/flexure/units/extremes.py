@@ -26,6 +26,10 @@ SETTLED = 45.0
 # Largest |S''|, |S'''|, |sigmoid''| and |sigmoid'''|, rounded up.
 SILU_THIRD, SILU_FOURTH = 0.3089, 0.5001
 SIGMOID_SECOND, SIGMOID_THIRD = 0.09623, 0.1251
+# The largest S minus the smallest, rounded up.
+SILU_CHANGE = 1.1997
+# beta times the cap, and beta, below which `capped_extremes` does not search the gated part.
+FAINT, NARROWEST = 1e-7, 1e-8
 
 
 def ctu_slope_excess(beta: Tensor, c: Tensor) -> Tensor:
@@ -66,10 +70,19 @@ def capped_extremes(beta: float, c: float, cap: float) -> tuple[float, float, fl
     The slope is even about cap/2 and constant away from 0 and cap, so that the search covers
     `v = (x - cap)/(1-beta)` from the middle to where both units have settled. `_largest` says why
     the results are bounds; they are within 1e-12 of the truth (times 1/(1-beta) for the curvature)
-    for beta >= 1e-6. Below, what one unit's slope changes over the cap is a bound as well.
+    for beta >= 1e-6. Below 1e-8, what a unit's gated part can add at most takes the place of the
+    search, which would be 1/beta wide.
     """
     width = 1.0 - beta
     far = cap / width
+    # |S'| <= 1/2 bounds what the gated part changes; the other part rises by a tanh at most.
+    gated = c * min(0.5 * beta * far, SILU_CHANGE)
+    rise = (1.0 - c) * math.tanh(far / 4) + 1e-15
+    if beta > 0.0 and (c == 0.0 or beta * far < FAINT):
+        lowest, highest, steepest = capped_extremes(0.0, c, far)
+        return lowest - gated, highest + gated, (steepest + c * beta) / width
+    if 0.0 < beta < NARROWEST:
+        return -gated, gated + rise, (c * beta + 0.25 * (1.0 - c)) / width
     reach = SETTLED / beta if beta > 0 and c > 0 else SETTLED
     ends = (-min(0.5 * far, reach), reach)
 
@@ -81,17 +94,15 @@ def capped_extremes(beta: float, c: float, cap: float) -> tuple[float, float, fl
         near, other = (plain.ctu_curvature(x, beta, c) for x in (v * width, v * width + cap))
         return width * (other - near)
 
-    def third(away: Tensor) -> Tensor:
-        gated = beta**2 * _decaying(SILU_THIRD, beta * away, 3.0)
-        return 2.0 * (c * gated + (1.0 - c) * _decaying(SIGMOID_SECOND, away))
+    def third(away: Tensor, step: float) -> Tensor:
+        gated = _times_square(_decaying(SILU_THIRD, beta * away, 3.0), beta * step)
+        return 2.0 * (c * gated + (1.0 - c) * _times_square(_decaying(SIGMOID_SECOND, away), step))
 
-    def fourth(away: Tensor) -> Tensor:
-        gated = beta**3 * _decaying(SILU_FOURTH, beta * away, 4.0)
-        return 2.0 * (c * gated + (1.0 - c) * _decaying(SIGMOID_THIRD, away))
+    def fourth(away: Tensor, step: float) -> Tensor:
+        gated = beta * _times_square(_decaying(SILU_FOURTH, beta * away, 4.0), beta * step)
+        return 2.0 * (c * gated + (1.0 - c) * _times_square(_decaying(SIGMOID_THIRD, away), step))
 
-    # |S'| <= 1/2 bounds what the gated part changes; the other part rises by a tanh at most.
-    gated = 0.5 * c * beta * far
-    highest = min(_largest(slope, ends, third), gated + (1.0 - c) * math.tanh(far / 4) + 1e-15)
+    highest = min(_largest(slope, ends, third), gated + rise)
     lowest = max(-_largest(lambda v: -slope(v), ends, third), -gated)
     steepest = _largest(lambda v: bend(v).abs(), ends, fourth)
     # The slope tends to 0 on both sides.
@@ -108,10 +119,15 @@ def _decaying(limit: float, u: Tensor, order: float | None = None) -> Tensor:
     return (tail if order is None else (u + order) * tail).clamp_max(limit)
 
 
+def _times_square(values: Tensor, step: float) -> Tensor:
+    """`values·step²`, for a step whose square may overflow where the values vanish."""
+    return (values.sqrt() * step).square()
+
+
 def _largest(
     f: Callable[[Tensor], Tensor],
     ends: tuple[float, float],
-    second: Callable[[Tensor], Tensor],
+    allowance: Callable[[Tensor, float], Tensor],
 ) -> float:
     """An upper bound of f, or of |f|, between two ends.
 
@@ -122,7 +138,7 @@ def _largest(
     Args:
         f: what is searched; `|f''|` is that of the function inside an absolute value.
         ends: of the search.
-        second: a bound of `|f''|` at a distance from 0, and beyond it.
+        allowance: a bound of `|f''|·d²` at a distance from 0, and beyond it; d comes with it.
     """
     pieces, most = 4, 2**18
     step = (ends[1] - ends[0]) / 1024
@@ -132,7 +148,7 @@ def _largest(
         values = torch.maximum(f(left), f(left + step))
         best = max(best, float(values.max()))
         away = torch.maximum(left, -left - step).clamp_min(0.0)
-        highest = values + second(away) * step**2 / 8
+        highest = values + allowance(away, step) / 8
         left = left[highest >= best]
         if float(highest.max()) <= best + 1e-13 or pieces * len(left) > most:
             return float(highest.max()) + 1e-15
