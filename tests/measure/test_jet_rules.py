@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from flexure import units
 from flexure.measure.jet_layers import LAYERS, UNITS
+from flexure.measure.jet_losses import LOSSES
 from flexure.measure.jet_reductions import REDUCTIONS
 from flexure.measure.jet_rules import ARITHMETIC
 from tests.reference.jets import assert_close_to_nested
@@ -64,7 +65,13 @@ def in_place(*names: str) -> Map:
 
 # One row for each row of the catalogue: its first name -> calls, on (B, 3, 4) unless said.
 CASES: dict[str, list[Map]] = {
-    "view": [
+    "view": [lambda x: x.view(-1, 12) * x.view(size=(-1, 12))],
+    "diff": [
+        lambda x: torch.diff(x * x, dim=1),
+        lambda x: torch.diff(x * x, prepend=x[..., :1], append=C[:, :1].expand(len(x), 3, 1)),
+        lambda x: C.expand(len(x), 3, 4).diff(2, 1, append=x * x),
+    ],
+    "reshape": [
         lambda x: x.view(-1, 12) * x.reshape(-1, 2, 6).flatten(1),
         lambda x: (x.transpose(1, 2) @ x).permute(0, 2, 1).contiguous().float().double(),
         lambda x: torch.stack([a * a for a in x.unbind(1)], 1),
@@ -107,6 +114,11 @@ CASES: dict[str, list[Map]] = {
         lambda x: torch.pow(x + 3, POSITIVE),
         lambda x: POSITIVE**x,
         lambda x: torch.pow(x, torch.full((4,), 2.0, dtype=x.dtype)),
+        lambda x: torch.pow(exponent=x, self=2.0),
+        lambda x: torch.pow(exponent=2.5, input=x + 3),
+        lambda x: torch.pow(torch.tensor([1, 2, 3, 4]), x),
+        lambda x: torch.pow(torch.tensor([1.1, 2.2, 3.3, 4.4]), x),
+        lambda x: torch.tensor([0, 1, 2, 3]) ** (x * x + 1),
     ],
     "getitem": [
         lambda x: x[:, 1:, [0, 2]] * x[:, :2, :2, None].squeeze(-1),
@@ -114,12 +126,24 @@ CASES: dict[str, list[Map]] = {
     ],
     "setitem": [written],
     "copy": [lambda x: torch.Tensor.copy_(x * 2, x * x)],
-    "masked_fill": [lambda x: (x * x).masked_fill(MASK, 3.0)],
+    "masked_fill": [
+        lambda x: (x * x).masked_fill(MASK, 3.0),
+        lambda x: (x * x).masked_fill(value=3.0, mask=MASK),
+    ],
     "pad": [
         lambda x: F.pad(x * x, (1, 2), value=2.0),
         lambda x: F.pad(x * x, (1, 2), mode="reflect"),
     ],
-    "where": [lambda x: torch.where(MASK, x * x, 0.5), lambda x: torch.where(MASK, x.sin(), x * x)],
+    "where": [
+        lambda x: torch.where(MASK, x * x, 0.5),
+        lambda x: torch.where(MASK, x.sin(), x * x),
+        lambda x: x.sin().where(MASK, 0.0),
+        lambda x: x.sin().where(MASK, x * x),
+        lambda x: x.sin().where(other=x * x, condition=MASK),
+        lambda x: C.where(MASK, x * x),
+        lambda x: torch.where(MASK, input=x.sin(), other=x * x),
+        lambda x: torch.where(other=x.sin(), input=x * x, condition=MASK),
+    ],
     "cat": [
         lambda x: torch.cat([x * x, C.expand(len(x), 3, 4), x], 1),
         lambda x: torch.stack([x * x, x], 2),
@@ -127,6 +151,10 @@ CASES: dict[str, list[Map]] = {
     "index_add": [
         lambda x: C.expand(len(x), 3, 4).index_add(2, INDEX, x * x),
         lambda x: x.scatter_add(2, INDEX.expand(len(x), 3, 4), x * x),
+    ],
+    "scatter": [
+        lambda x: x.scatter(2, INDEX.expand(len(x), 3, 4), x.sin()),
+        lambda x: x.sin().scatter(2, INDEX[:3].expand(len(x), 3, 3), 0.5),
     ],
     "masked_scatter": [lambda x: x.masked_scatter(MASK, (x * x).flatten())],
     "matmul": [
@@ -139,9 +167,23 @@ CASES: dict[str, list[Map]] = {
         lambda x: torch.einsum("bij,bij,bij->bj", x, x, x),
     ],
     "lerp": [lambda x: torch.lerp(x, x * x, 0.3)],
-    "addcmul": [lambda x: torch.addcmul(x, x, C, value=2)],
-    "addcdiv": [lambda x: torch.addcdiv(x, x, x + 4, value=2)],
-    "addmm": [lambda x: torch.baddbmm(x @ x.mT, x, x.mT, beta=0.5, alpha=2)],
+    "addcmul": [
+        lambda x: torch.addcmul(x, x, C, value=2),
+        lambda x: torch.addcmul(x, tensor1=x, tensor2=x.sin()),
+    ],
+    "addcdiv": [
+        lambda x: torch.addcdiv(x, x, x + 4, value=2),
+        lambda x: x.addcdiv(tensor2=x + 4, tensor1=x),
+    ],
+    "addmm": [
+        lambda x: torch.stack([torch.addmm(C, mat1=a @ a.mT, mat2=a, beta=0.5) for a in x]),
+        lambda x: torch.stack([torch.addmm(a, SQUARE[:3, :3], a, alpha=2) for a in x]),
+    ],
+    "addmv": [lambda x: torch.stack([torch.addmv(a[:, 0], a, vec=a[1], beta=2) for a in x])],
+    "baddbmm": [
+        lambda x: torch.baddbmm(x @ x.mT, x, x.mT, beta=0.5, alpha=2),
+        lambda x: torch.baddbmm(x @ x.mT, batch1=x, batch2=x.mT),
+    ],
     "var": [lambda x: x.var(2), lambda x: torch.var(x, (1, 2), correction=0, keepdim=True)],
     "std": [lambda x: x.std(-1, unbiased=False)],
     "prod": [lambda x: x.prod(-1), lambda x: torch.prod(x, 1, True), lambda x: x[0].prod() * x],
@@ -230,6 +272,9 @@ CASES: dict[str, list[Map]] = {
         lambda x: F.cross_entropy(x[:, 0], INDEX[: len(x)], reduction="none"),
         lambda x: F.cross_entropy(x, C.softmax(0).expand(len(x), 3, 4), reduction="none"),
     ],
+    "nll_loss": [
+        lambda x: F.nll_loss(x.sin(), INDEX.expand(3, 4)[: len(x)] % 3, reduction="none"),
+    ],
     "mse_loss": [lambda x: F.mse_loss(x, C.expand_as(x), reduction="none")],
     "binary_cross_entropy_with_logits": [
         lambda x: F.binary_cross_entropy_with_logits(x, POSITIVE.expand_as(x), reduction="none")
@@ -251,7 +296,7 @@ CASES: dict[str, list[Map]] = {
 
 
 def rows() -> list[str]:
-    keys = [*ARITHMETIC, *REDUCTIONS, *LAYERS, *UNITS]
+    keys = [*ARITHMETIC, *REDUCTIONS, *LAYERS, *LOSSES, *UNITS]
     return [key.split()[0] if isinstance(key, str) else key.__name__ for key in keys]
 
 

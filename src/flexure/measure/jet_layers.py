@@ -1,6 +1,7 @@
-"""The catalogue of jets, third part: layers, attention, losses, units, and what has kinks.
+"""The catalogue of jets, third part: layers, attention, units, and what has kinks.
 
-Arithmetic and shapes are in `jet_rules.py`, the arithmetic of series in `series.py`.
+Losses are in `jet_losses.py`, arithmetic and shapes in `jet_rules.py`, the arithmetic of series in
+`series.py`.
 """
 
 from __future__ import annotations
@@ -32,13 +33,20 @@ __all__ = ["KINKS", "LAYERS", "UNITS"]
 def affine(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Bilinear in input and weight, plus a bias: the first three arguments."""
     named = dict(kwargs)
-    x, weight, bias, *rest = (*args, *(None,) * (3 - len(args)))
+    given: list[Any] = [*args, *[None] * (3 - len(args))]
+    x, weight, bias, *rest = given
     weight, bias = named.pop("weight", weight), named.pop("bias", bias)
-    if isinstance(weight, Carrying) or isinstance(bias, Carrying):
-        y = multilinear(0, 1)(function, (x, weight, None, *rest), named)
+    if not isinstance(x, Carrying) or isinstance(weight, Carrying) or isinstance(bias, Carrying):
+        bilinear = isinstance(x, Carrying) or isinstance(weight, Carrying)
+        call: Rule = multilinear(0, 1) if bilinear else _called
+        y = call(function, (x, weight, None, *rest), named)
         return y if bias is None else y + _over_channels(bias, y, function)
     parts = (None if c is None else function(c, weight, None, *rest, **named) for c in x.carried)
     return carry(x, (function(x.primal, weight, bias, *rest, **named), *parts))
+
+
+def _called(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return function(*args, **kwargs)
 
 
 def _over_channels(bias: Any, y: Any, function: Any) -> Any:
@@ -50,21 +58,38 @@ def _over_channels(bias: Any, y: Any, function: Any) -> Any:
 _SPATIAL = {getattr(torch, f"conv{kind}{n}d"): n for kind in ("", "_transpose") for n in (1, 2, 3)}
 
 
-def _batch_norm(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """`torch.batch_norm`: input, weight, bias, running mean, running variance, training, ..."""
-    x, weight, bias, mean, var, training, _, eps = args[:8]
+def _batch_norm(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = False,
+) -> Any:
     if training:
         raise Unsupported(_COUPLED)
-    return _rescaled(x, weight, bias, mean, var, eps)
+    return _rescaled(x, weight, bias, running_mean, running_var, eps)
 
 
-def _instance_norm(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """`torch.instance_norm`: arguments as in `torch.batch_norm`; each sample by itself."""
-    x, weight, bias, mean, var, own, _, eps = args[:8]
-    if own and mean is not None:
+def _instance_norm(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = False,
+) -> Any:
+    """Each sample by itself."""
+    if use_input_stats and running_mean is not None:
         raise Unsupported("it is in training mode and would change its statistics; call .eval()")
-    if not own:
-        return _rescaled(x, weight, bias, mean, var, eps)
+    if not use_input_stats:
+        return _rescaled(x, weight, bias, running_mean, running_var, eps)
     y = _standardized(x, tuple(range(2, x.dim())), eps)
     return _scaled_and_shifted(y, weight, bias, (-1, *(1,) * (x.dim() - 2)))
 
@@ -82,24 +107,38 @@ def _scaled_and_shifted(y: Any, weight: Any, bias: Any, shape: Sequence[int]) ->
 
 
 def _layer_norm(
-    x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+    x: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> Any:
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    sizes = _sizes(normalized_shape)
     y = _standardized(x, tuple(range(-len(sizes), 0)), eps)
     return _scaled_and_shifted(y, weight, bias, sizes)
 
 
-def _rms_norm(x: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+def _sizes(shape: Any) -> tuple[int, ...]:
+    return (shape,) if isinstance(shape, int) else tuple(shape)
+
+
+def _rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    sizes = _sizes(normalized_shape)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     y = _over_root_mean_square(x, tuple(range(-len(sizes), 0)), eps)
     return _scaled_and_shifted(y, weight, None, sizes)
 
 
 def _group_norm(
-    x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+    x: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
 ) -> Any:
-    grouped = x.reshape(x.shape[0], groups, -1)
+    grouped = x.reshape(x.shape[0], num_groups, -1)
     y = _standardized(grouped, (2,), eps).reshape(x.shape)
     return _scaled_and_shifted(y, weight, bias, (-1, *(1,) * (x.dim() - 2)))
 
@@ -131,7 +170,7 @@ def _minus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _softmax_arguments(
-    x: Any, dim: Any = None, *rest: Any, dtype: Any = None, **_: Any
+    x: Any, dim: Any = None, *rest: Any, dtype: Any = None, _stacklevel: int = 3
 ) -> tuple[Any, int]:
     dtype = next((r for r in rest if isinstance(r, torch.dtype)), dtype)
     if dim is None:
@@ -177,6 +216,8 @@ def _attention(
 ) -> Any:
     if dropout_p:
         raise Unsupported(_RANDOM)
+    if is_causal and attn_mask is not None:
+        raise Unsupported("it has a mask besides is_causal; give one of them")
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = (kv.repeat_interleave(groups, -3) for kv in (key, value))
@@ -197,67 +238,6 @@ def _safe_softmax(scores: Any) -> Any:
         return torch.ops.aten._safe_softmax(scores, -1)
     p0 = torch.ops.aten._safe_softmax(scores.primal, -1)
     return carry(scores, softmax_series(series_of(scores, scores), -1, p0)[0])
-
-
-def _cross_entropy(
-    x: Any,
-    target: Any,
-    weight: Any = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Any:
-    _current(size_average, reduce)
-    if label_smoothing:
-        raise Unsupported("it smooths labels; give the smoothed probabilities as the target")
-    if isinstance(target, Carrying):
-        raise Unsupported("its target depends on the input; keep it constant")
-    axis = 0 if x.dim() == 1 else 1
-    logarithm = torch.log_softmax(x, axis)
-    if not target.is_floating_point():
-        return F.nll_loss(logarithm, target, weight, ignore_index=ignore_index, reduction=reduction)
-    if weight is not None:
-        target = target * weight.reshape(-1, *(1,) * (x.dim() - 1 - axis))
-    each = -(logarithm * target).sum(axis)
-    count = math.prod(each.shape)
-    return {"none": lambda: each, "sum": each.sum, "mean": lambda: each.sum() / count}[reduction]()
-
-
-def _mse(
-    x: Any,
-    y: Any,
-    size_average: Any = None,
-    reduce: Any = None,
-    reduction: str = "mean",
-    weight: Any = None,
-) -> Any:
-    _current(size_average, reduce)
-    apart = x - y
-    square = apart * apart if weight is None else apart * apart * weight
-    return {"none": lambda: square, "sum": square.sum, "mean": square.mean}[reduction]()
-
-
-def _bce_with_logits(
-    x: Any,
-    target: Any,
-    weight: Any = None,
-    size_average: Any = None,
-    reduce: Any = None,
-    reduction: str = "mean",
-    pos_weight: Any = None,
-) -> Any:
-    _current(size_average, reduce)
-    positive = target if pos_weight is None else target * pos_weight
-    each = -(positive * F.logsigmoid(x) + (1 - target) * F.logsigmoid(-x))
-    each = each if weight is None else each * weight
-    return {"none": lambda: each, "sum": each.sum, "mean": each.mean}[reduction]()
-
-
-def _current(*outdated: Any) -> None:
-    if any(value is not None for value in outdated):
-        raise Unsupported("size_average and reduce are not followed; use reduction=")
 
 
 def _dropout(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -284,12 +264,12 @@ def _normalize(x: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12) -> Any:
     return x / torch.where(primal_of(norm) > eps, norm, eps)
 
 
-def _cosine_similarity(a: Any, b: Any, dim: int = 1, eps: float = 1e-8) -> Any:
-    return (_normalize(a, 2.0, dim, eps) * _normalize(b, 2.0, dim, eps)).sum(dim)
+def _cosine_similarity(x: Any, other: Any, dim: int = 1, eps: float = 1e-8) -> Any:
+    return (_normalize(x, 2.0, dim, eps) * _normalize(other, 2.0, dim, eps)).sum(dim)
 
 
-def _bilinear(a: Any, b: Any, weight: Any, bias: Any = None) -> Any:
-    y = torch.einsum("...i,oij,...j->...o", a, weight, b)
+def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
+    y = torch.einsum("...i,oij,...j->...o", input1, weight, input2)
     return y if bias is None else y + bias
 
 
@@ -370,14 +350,14 @@ LAYERS: Mapping[Any, Rule] = {
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d": affine,
     F.batch_norm: by_body,
     F.instance_norm: by_body,
-    torch.batch_norm: _batch_norm,
-    torch.instance_norm: _instance_norm,
+    torch.batch_norm: by_expression(_batch_norm),
+    torch.instance_norm: by_expression(_instance_norm),
     "layer_norm": by_expression(_layer_norm),
     "group_norm": by_expression(_group_norm),
     "rms_norm": by_expression(_rms_norm),
     "local_response_norm": by_body,
     "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
-    "interpolate upsample grid_sample fold nll_loss": linear,
+    "interpolate upsample grid_sample fold": linear,
     "softmax": _softmax,
     "softmin": by_body,
     "log_softmax": _log_softmax,
@@ -388,9 +368,6 @@ LAYERS: Mapping[Any, Rule] = {
     "bilinear": by_expression(_bilinear),
     "scaled_dot_product_attention": by_expression(_attention),
     F.multi_head_attention_forward: by_body,
-    "cross_entropy": by_expression(_cross_entropy),
-    "mse_loss": by_expression(_mse),
-    "binary_cross_entropy_with_logits": by_expression(_bce_with_logits),
     "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout": (
         _dropout
     ),

@@ -6,7 +6,7 @@ Sums and means are rows of `jet_rules.py`, softmax and its kin of `jet_layers.py
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,38 +17,25 @@ from flexure.measure.propagate import Rule, Unsupported
 __all__ = ["REDUCTIONS"]
 
 
-def _variance(x: Any, dim: Any = None, correction: Any = 1, keepdim: bool = False) -> Any:
-    dims = tuple(range(x.dim())) if dim is None else dim
-    centered = x - x.mean(dims, keepdim=True)
-    axes = (dims,) if isinstance(dims, int) else dims
-    count = math.prod(x.shape[d] for d in axes)
-    return (centered * centered).sum(dims, keepdim=keepdim) / (count - correction)
-
-
-def _var(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    named = dict(kwargs)
-    if "unbiased" in named:
-        named["correction"] = int(named.pop("unbiased"))
-    x, *rest = args
-    if rest and isinstance(rest[0], bool):
-        named["correction"] = int(rest.pop(0))
-    if rest:
-        named["dim"] = rest.pop(0)
-    if rest:
-        named["correction"] = int(rest.pop(0))
-    if rest:
-        named["keepdim"] = rest.pop(0)
-    return _variance(x, **named)
-
-
-def _std(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return torch.sqrt(_var(function, args, kwargs))
+def _variance(
+    x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
+) -> Any:
+    if isinstance(dim, bool):  # of var(input, unbiased)
+        dim, unbiased = None, dim
+    if unbiased is not None:
+        correction = int(unbiased)
+    axes = (dim,) if isinstance(dim, int) else tuple(dim or range(x.dim()))
+    centered = x - x.mean(axes, keepdim=True)
+    free = math.prod(x.shape[d] for d in axes) - (1 if correction is None else correction)
+    return (centered * centered).sum(axes, keepdim=keepdim) / max(free, 0)
 
 
 def _prod(x: Any, dim: int | None = None, keepdim: bool = False, dtype: Any = None) -> Any:
     x = x if dtype is None else x.to(dtype)
     if dim is None:
         x, dim = x.flatten(), 0
+    if not x.shape[dim]:
+        return x.sum(dim, keepdim=keepdim) + 1
     # Pairs, so that the number of multiplications in a row is logarithmic.
     while (size := x.shape[dim]) > 1:
         pairs, odd = x.narrow(dim, 0, size - size % 2), x.narrow(dim, size - size % 2, size % 2)
@@ -57,25 +44,25 @@ def _prod(x: Any, dim: int | None = None, keepdim: bool = False, dtype: Any = No
     return x if keepdim else x.squeeze(dim)
 
 
-def _norm(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    x, p, dim, keepdim = _norm_arguments(*args, **kwargs)
-    if p not in (2, 2.0, None, "fro"):
+def _norm(x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    if p not in (2, None, "fro"):
         raise Unsupported("it has a kink unless p = 2; use the 2-norm")
+    x = x if dtype is None else x.to(dtype)
     dims = tuple(range(x.dim())) if dim is None else dim
     return torch.sqrt((x * x).sum(dims, keepdim=keepdim))
 
 
-def _norm_arguments(
-    x: Any, p: Any = None, dim: Any = None, keepdim: bool = False, **named: Any
-) -> tuple[Any, Any, Any, bool]:
-    return x, named.pop("ord", p), dim, keepdim
+def _vector_norm(
+    x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    return _norm(x, ord, dim, keepdim, dtype=dtype)
 
 
 REDUCTIONS: Mapping[Any, Rule] = {
-    "var": _var,
-    "std": _std,
+    "var": by_expression(_variance),
+    "std": by_expression(lambda *args, **kwargs: torch.sqrt(_variance(*args, **kwargs))),
     "prod": by_expression(_prod),
-    "norm": _norm,
-    torch.linalg.vector_norm: _norm,
+    "norm": by_expression(_norm),
+    torch.linalg.vector_norm: by_expression(_vector_norm),
 }
 """Names, or functions where a name has two meanings -> rule, as `rule_table` takes them."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flexure.measure.propagate import (
     Carrying,
@@ -102,6 +103,8 @@ def jointly(*places: int | str) -> Rule:
 
     def rule(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         like = one_of(args, kwargs)
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        _only(list(carriers_in([given.get(key) for key in places])), args, kwargs)
 
         def at(k: int) -> Any:
             there = [_part(a, k) if i in places else a for i, a in enumerate(args)]
@@ -134,7 +137,7 @@ def multilinear(*places: int | str) -> Rule:
     """Linear in each of the arguments at these places."""
 
     def rule(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        given = {**dict(enumerate(args)), **kwargs}
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         held = [key for key in places if isinstance(given.get(key), Carrying)]
         like = one_of(args, kwargs)
         _only([given[key] for key in held], args, kwargs)
@@ -216,38 +219,42 @@ def _combined(function: Any, sign: float, a: Any, other: Any, *, alpha: Any = 1)
     return carry(like, (primal, *parts))
 
 
-def _mul(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    a, b = (*args, *kwargs.values())
-    like = one_of((a, b))
-    if isinstance(a, Carrying) and isinstance(b, Carrying):
-        x = series_of(a, like)
-        return carry(like, product(x, x if b is a else series_of(b, like)))
-    x, factor = (a, b) if isinstance(a, Carrying) else (b, a)
+def _mul(a: Any, other: Any) -> Any:
+    like = one_of((a, other))
+    if isinstance(a, Carrying) and isinstance(other, Carrying):
+        first = series_of(a, like)
+        return carry(like, product(first, first if other is a else series_of(other, like)))
+    x, factor = (a, other) if isinstance(a, Carrying) else (other, a)
     return carry(like, [None if c is None else c * factor for c in series_of(x, like)])
 
 
-def _div(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    named = {**kwargs}
-    if named.pop("rounding_mode", None) is not None:
+def _div(a: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
+    if rounding_mode is not None:
         raise Unsupported("it rounds, which has no derivative; divide without rounding_mode")
-    a, b = (*args, *named.values())
-    like = one_of((a, b))
-    if not isinstance(b, Carrying):
-        return carry(like, [None if c is None else c / b for c in series_of(a, like)])
-    return carry(like, quotient(series_of(a, like), series_of(b, like)))
+    like = one_of((a, other))
+    if not isinstance(other, Carrying):
+        return carry(like, [None if c is None else c / other for c in series_of(a, like)])
+    return carry(like, quotient(series_of(a, like), series_of(other, like)))
 
 
-def _pow(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    x, p = (*args, *kwargs.values())
-    like = one_of((x, p))
-    if isinstance(p, Carrying):
-        # x^p = exp(p·log(x)), but for its value, which needs no logarithm.
-        logarithm = torch.log(x if isinstance(x, Tensor) else torch.tensor(x, dtype=p.dtype))
-        value = torch.pow(primal_of(x), p.primal)
-        return carry(like, exponential(value, series_of(p * logarithm, like)))
-    if not isinstance(p, Tensor) and p == 2:
+def _pow(x: Any, exponent: Any) -> Any:
+    if isinstance(exponent, Carrying):
+        return _exponential(x, exponent)
+    if not isinstance(exponent, Tensor) and exponent == 2:
         return x * x
-    return carry(like, compose(power(x.primal, p, len(x.carried)), series_of(x, like)))
+    return carry(x, compose(power(x.primal, exponent, len(x.carried)), series_of(x, x)))
+
+
+def _exponential(base: Any, p: Carrying) -> Carrying:
+    """base^p = exp(p·log(base)), but for its value, which needs no logarithm."""
+    value = torch.pow(primal_of(base), p.primal)
+    if isinstance(base, Tensor):
+        base = base.to(value.dtype)
+    else:
+        base = torch.as_tensor(base, dtype=value.dtype, device=value.device)
+    if not isinstance(base, Carrying):
+        base = torch.where((base == 0) & (p.primal > 0), 1.0, base)  # 0^p is 0 around p > 0
+    return carry(p, exponential(value, series_of(p * torch.log(base), p)))
 
 
 def _getitem(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -259,6 +266,7 @@ def _getitem(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
 
 def _setitem(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     x, index, value = args
+    _only(list(carriers_in((x, value))), args, kwargs)
 
     def written(k: int) -> Tensor:
         target: Tensor = _part(x, k).clone()
@@ -270,28 +278,51 @@ def _setitem(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     return carry(x, (written(0), *(written(k) if k in present else None for k in orders)))
 
 
-def _copied(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    target, source = args[0], args[1]
-    like = one_of(args)
-    parts = (None if c is None else c.to(target.dtype) for c in series_of(source, like))
+def _copied(target: Any, src: Any, non_blocking: bool = False) -> Any:
+    like = one_of((target, src))
+    parts = (None if c is None else c.to(target.dtype) for c in series_of(src, like))
     return carry(like, [None if c is None else c.expand(target.shape) for c in parts])
 
 
-def _filled(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _filled(x: Any, mask: Any, value: Any) -> Any:
     """`masked_fill` with a constant."""
-    x, mask, value = args[0], *args[1:], *kwargs.values()
-    _only([x], args, kwargs)
+    _only([x], (x, mask, value), {})
     parts = (None if c is None else c.masked_fill(mask, 0.0) for c in x.carried)
     return carry(x, (x.primal.masked_fill(mask, value), *parts))
 
 
-def _padded(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    x, pad, *rest = args
-    options = {**dict(zip(("mode", "value"), rest, strict=False)), **kwargs}
-    pad = options.pop("pad", pad)
-    constant = {**options, "value": None}
-    parts = (None if c is None else function(c, pad, **constant) for c in x.carried)
-    return carry(x, (function(x.primal, pad, **options), *parts))
+def _padded(x: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
+    _only([x], (x, pad, value), {})
+    parts = (None if c is None else F.pad(c, pad, mode) for c in x.carried)
+    return carry(x, (F.pad(x.primal, pad, mode, value), *parts))
+
+
+def _viewed(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
+        raise Unsupported("it reads the bits as numbers of another dtype; use .to(dtype)")
+    return linear(function, args, kwargs)
+
+
+def _diff(x: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Any:
+    parts = [part for part in (prepend, x, append) if part is not None]
+    return linear(torch.diff, (x if len(parts) == 1 else torch.cat(parts, dim), n, dim), {})
+
+
+def _scattered(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if kwargs.get("reduce", "add") != "add":
+        raise Unsupported('it multiplies; use reduce="add", or products of tensors')
+    return jointly(0, 3, "src", "value")(function, args, kwargs)
+
+
+def _where(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    named = {"input": kwargs["self"], **kwargs} if "self" in kwargs else {**kwargs}
+    named.pop("self", None)
+    order = ("input", "condition", "other")
+    order = order if function is Tensor.where else ("condition", "input", "other")
+    given = {**dict(zip(order, args, strict=False)), **named}
+    if len(args) + len(named) != 3 or given.keys() != set(order):
+        raise Unsupported("it is not called with a condition and two values; give these")
+    return jointly(1, 2)(torch.where, (given["condition"], given["input"], given["other"]), {})
 
 
 def _einsum(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -308,12 +339,12 @@ def by_expression(expression: Callable[..., Any]) -> Rule:
 
 
 _KEEP = (
-    "view reshape flatten unflatten ravel squeeze unsqueeze transpose swapaxes swapdims permute "
+    "reshape flatten unflatten ravel squeeze unsqueeze transpose swapaxes swapdims permute "
     "movedim moveaxis t T mT adjoint expand contiguous "
     "clone float double half bfloat16 type cpu cuda narrow select index_select gather "
     "take_along_dim take masked_select split split_with_sizes chunk tensor_split unbind unfold "
     "diagonal diag tril triu trace diag_embed flip fliplr flipud roll rot90 tile repeat "
-    "repeat_interleave sum mean cumsum diff neg negative positive pos sum_to_size "
+    "repeat_interleave sum mean cumsum neg negative positive pos sum_to_size "
     "pixel_shuffle pixel_unshuffle channel_shuffle deg2rad rad2deg broadcast_to"
 )
 
@@ -323,27 +354,40 @@ ARITHMETIC: dict[Any, Rule] = {
     "add": _add,
     "sub subtract": _sub,
     "rsub": _rsub,
-    "mul multiply": _mul,
-    "div divide true_divide truediv": _div,
-    "pow": _pow,
+    "mul multiply": by_expression(_mul),
+    "div divide true_divide truediv": by_expression(_div),
+    "pow": by_expression(_pow),
     "getitem": _getitem,
     "setitem": _setitem,
-    "copy": _copied,
-    "masked_fill": _filled,
-    "pad": _padded,
-    "where": jointly(1, 2, "input", "other"),
+    "copy": by_expression(_copied),
+    "masked_fill": by_expression(_filled),
+    "pad": by_expression(_padded),
+    "view": _viewed,
+    "diff": by_expression(_diff),
+    "where": _where,
     "cat concat concatenate stack hstack vstack dstack column_stack row_stack": jointly(
         0, "tensors"
     ),
-    "index_add index_copy scatter scatter_add": jointly(0, 3, "source", "src", "value"),
+    "index_add index_copy scatter_add": jointly(0, 3, "source", "src"),
+    "scatter": _scattered,
     "masked_scatter index_put": jointly(0, 2, "source", "values"),
-    "matmul mm bmm mv dot vdot inner outer kron": multilinear(0, 1, "other", "mat2", "vec", "vec2"),
+    "matmul mm bmm mv dot vdot inner outer kron": multilinear(
+        0, 1, "other", "mat2", "vec", "vec2", "tensor"
+    ),
     "einsum": _einsum,
     "lerp": by_expression(lambda a, end, weight: a + weight * (end - a)),
-    "addcmul": by_expression(lambda x, a, b, value=1: x + value * (a * b)),
-    "addcdiv": by_expression(lambda x, a, b, value=1: x + value * (a / b)),
-    "addmm addmv baddbmm": by_expression(
-        lambda x, a, b, beta=1, alpha=1: beta * x + alpha * (a @ b)
+    "addcmul": by_expression(
+        lambda x, tensor1, tensor2, *, value=1: x + value * (tensor1 * tensor2)
+    ),
+    "addcdiv": by_expression(
+        lambda x, tensor1, tensor2, *, value=1: x + value * (tensor1 / tensor2)
+    ),
+    "addmm": by_expression(
+        lambda x, mat1, mat2, *, beta=1, alpha=1: beta * x + alpha * (mat1 @ mat2)
+    ),
+    "addmv": by_expression(lambda x, mat, vec, *, beta=1, alpha=1: beta * x + alpha * (mat @ vec)),
+    "baddbmm": by_expression(
+        lambda x, batch1, batch2, *, beta=1, alpha=1: beta * x + alpha * (batch1 @ batch2)
     ),
     "tanhshrink": by_body,
     **{names: elementwise(coefficients) for names, coefficients in FUNCTIONS.items()},

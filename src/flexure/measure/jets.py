@@ -2,7 +2,7 @@
 
 A polynomial in t, x + t·v, goes through the function's own code, operation by operation; the
 coefficients of what comes out are the derivatives over factorials. Which operations it passes is
-the catalogue's: `jet_rules.py`, `jet_reductions.py`, `jet_layers.py`.
+the catalogue's: `jet_rules.py`, `jet_reductions.py`, `jet_layers.py`, `jet_losses.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from flexure.calling import logits_of
 from flexure.contracts import FlexureError
 from flexure.measure.jet_layers import KINKS, LAYERS, UNITS
+from flexure.measure.jet_losses import LOSSES
 from flexure.measure.jet_reductions import REDUCTIONS
 from flexure.measure.jet_rules import ARITHMETIC
 from flexure.measure.propagate import GENERAL, Carrying, Unsupported, carriers_in, rule_table
@@ -31,7 +32,7 @@ class Jet(Carrying):
     """A tensor with the coefficients of t, t², ..., tⁿ; `primal` is that of t⁰, None a zero."""
 
     subject = "jet"
-    rules = rule_table({**GENERAL, **KINKS, **ARITHMETIC, **REDUCTIONS, **LAYERS})
+    rules = rule_table({**GENERAL, **KINKS, **ARITHMETIC, **REDUCTIONS, **LAYERS, **LOSSES})
 
     def constant(self, primal: Tensor) -> Jet:
         """A jet of this order of a constant."""

@@ -116,7 +116,7 @@ class Carrying(Tensor):
             raise cls._error(name_of(func), reason) from error
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Refuses what gets past the functions of torch, to where nothing is carried along."""
