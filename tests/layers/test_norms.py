@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flexure.contracts import FlexureError
-from flexure.layers import linear_norm_bounds, module_norm_bounds
+from flexure.layers import (
+    batch_norm_norm_bounds,
+    conv_norm_bounds,
+    linear_norm_bounds,
+    module_norm_bounds,
+)
 from flexure.layers.norms import NormBounds
 from flexure.layers.of_module import LINEAR_MODULES
 from tests.reference.operators import dense_matrix, dense_norms
@@ -115,3 +120,26 @@ def test_subclasses_with_their_own_forward_are_refused() -> None:
 
 def test_every_class_of_the_table_is_a_module() -> None:
     assert all(issubclass(cls, nn.Module) for cls in LINEAR_MODULES)
+
+
+@pytest.mark.parametrize("scale", [2.0**-1000, 2.0**-600, 2.0**600, 2.0**1000])
+def test_norms_of_weights_whose_squares_leave_float64(scale: float) -> None:
+    matrix = torch.randn(4, 5, dtype=torch.float64)
+    kernel = torch.randn(4, 3, 3, 3, dtype=torch.float64)
+
+    def bounds(factor: float) -> list[NormBounds]:
+        conv = conv_norm_bounds(factor * kernel, input_size=8, stride=2, padding=1)
+        return [linear_norm_bounds(factor * matrix), conv]
+
+    for one, other in zip(bounds(1.0), bounds(scale), strict=True):
+        assert vars(other) == pytest.approx({k: v * scale for k, v in vars(one).items()}, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_a_map_from_or_to_nothing_has_norm_zero(shape: tuple[int, int]) -> None:
+    assert linear_norm_bounds(torch.zeros(shape)) == NormBounds(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def test_batch_norm_without_variance_is_refused() -> None:
+    with pytest.raises(FlexureError, match=r"expected positive variances .* got .*; "):
+        batch_norm_norm_bounds(torch.zeros(3), torch.zeros(3), eps=0.0)

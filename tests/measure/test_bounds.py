@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -15,6 +16,8 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 import flexure
+from flexure.contracts import FlexureError
+from flexure.measure.bound_rules import Graph, Signal, bent
 from flexure.measure.bounds import HessianBound, hessian_bound
 from tests.measure.untouched import untouched
 from tests.reference.dense_hessian import (
@@ -685,3 +688,103 @@ def test_pretrained_resnet(real_data: Path) -> None:
     measured = flexure.curvature(model, example, torch.arange(4))
     assert bound.looseness(measured) > 1
     assert math.isfinite(bound.cross_entropy)
+
+
+@pytest.mark.parametrize(
+    ("first", "last"), [(-560, 1000), (-700, 400), (-1000, 1000), (500, -700), (-1000, -1000)]
+)
+@pytest.mark.parametrize("convolution", [False, True])
+def test_weights_whose_products_leave_float64(first: int, last: int, convolution: bool) -> None:
+    def bounds(one: float, other: float) -> HessianBound:
+        torch.manual_seed(0)
+        layer: nn.Module = nn.Conv1d(1, 2, 3) if convolution else nn.Linear(5, 6)
+        model = nn.Sequential(layer, nn.Flatten(), nn.Tanh(), nn.Linear(6, 2)).double()
+        with torch.no_grad():
+            layer.weight *= one
+            model[-1].weight *= other
+        return hessian_bound(model, (1, 5) if convolution else (5,))
+
+    plain, found = bounds(1.0, 1.0), bounds(2.0**first, 2.0**last)
+    power = 2 * first + last
+    if power > -1000:
+        expected = [math.ldexp(float(bound), power) for bound in plain.logits]
+        assert found.logits.tolist() == pytest.approx(expected, rel=1e-12)
+        assert found.vector == pytest.approx(math.ldexp(plain.vector, power), rel=1e-12)
+    else:  # too small for a number: rounded up
+        assert 0 < found.vector < 1e-300
+        assert bool((found.logits > 0).all())
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Softplus(beta=-1.0), (4,)),
+        (nn.Sequential(nn.Tanh(), nn.AvgPool2d(2, divisor_override=-1), nn.Flatten()), (1, 4, 4)),
+    ],
+)
+def test_negative_parameters_give_no_negative_bounds(
+    layer: nn.Module, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(layer, nn.Linear(4, 2)).double()
+    x = torch.zeros((1, *shape), dtype=torch.float64)
+    found = hessian_bound(model, shape)
+    for k in range(2):
+        for _ in range(5):
+            x = torch.randn_like(x)
+            hessian = torch.autograd.functional.hessian(lambda x, k=k: model(x)[0, k], x)
+            exact = torch.linalg.matrix_norm(hessian.reshape(x.numel(), -1), 2)
+            assert 0 < exact <= found.logits[k] * ROUNDING
+
+
+@pytest.mark.parametrize(("slope", "curvature"), [(-1.0, 1.0), (1.0, -1.0), (math.nan, 1.0)])
+def test_a_negative_largest_slope_or_curvature_is_refused(slope: float, curvature: float) -> None:
+    signal = Signal(Graph(torch.Size([1, 2])), 0)
+    with pytest.raises(FlexureError, match=r"expected a largest .* got .*; "):
+        bent(signal, slope, curvature, "unit")
+
+
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        (nn.CELU(-1.0), "module '1'.*positive alpha"),
+        (nn.Softplus(threshold=5.0), "module '1'.*threshold"),
+    ],
+)
+def test_parameters_without_bounds_are_refused(layer: nn.Module, says: str) -> None:
+    with pytest.raises(FlexureError, match=says):
+        hessian_bound(nn.Sequential(nn.Linear(2, 2), layer), (2,))
+
+
+def test_what_was_compiled_runs_as_python() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    assert hessian_bound(torch.compile(model), (2,)).vector == hessian_bound(model, (2,)).vector
+
+
+def test_a_model_of_buffers_alone() -> None:
+    class Buffers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.eye(2, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x @ self.weight)
+
+    assert hessian_bound(Buffers(), (2,)).lipschitz == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("shape", [2, (3,), (1, 2, 3), ("2",), None])
+def test_refuses_a_shape_that_the_model_does_not_take(shape: Any) -> None:
+    with pytest.raises(FlexureError, match=r"expected .* got .*; give"):
+        hessian_bound(nn.Sequential(nn.Linear(2, 2), nn.Tanh()), shape)
+
+
+def test_shares_of_an_infinite_total_are_unknown() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+    with torch.no_grad():
+        model.double()[2].weight.fill_(1e250)
+        model[0].weight.fill_(1e-60)
+    found = hessian_bound(model, (2,))
+    assert found.vector == math.inf
+    assert math.isfinite(found.contributions[0].bound)
+    assert all(math.isnan(each.share) for each in found.contributions)

@@ -19,7 +19,7 @@ from torch import Tensor
 from flexure.contracts import FlexureError
 from flexure.layers.geometry import Axis, Padding, Sizes, convolution_axes, per_axis
 from flexure.layers.gram import gram_norm_bound, rounded_up
-from flexure.layers.spectral import conv_norm_bound, linear_norm_bound
+from flexure.layers.spectral import conv_norm_bound, linear_norm_bound, power_of_two
 
 __all__ = [
     "NormBounds",
@@ -122,7 +122,7 @@ def conv_norm_bounds(
 
 def scale_norm_bounds(scale: Tensor) -> NormBounds:
     """All norms of a diagonal matrix: the largest absolute entry of `scale`, any shape."""
-    largest = rounded_up(float(scale.detach().cpu().double().abs().max()), 0)
+    largest = rounded_up(_largest(scale.detach().cpu().double().abs()), 0)
     return NormBounds(*(largest,) * len(_FIELDS))
 
 
@@ -138,7 +138,7 @@ def batch_norm_norm_bounds(
 
     Raises:
         FlexureError: there are no running statistics: in eval mode too it then normalises by the
-            batch, which is not linear.
+            batch, which is not linear. Or a factor is not finite (a variance of 0 and no eps).
     """
     if running_var is None:
         raise FlexureError(
@@ -148,6 +148,11 @@ def batch_norm_norm_bounds(
     scale = (running_var.detach().cpu().double() + eps).rsqrt()
     if weight is not None:
         scale = scale * weight.detach().cpu().double()
+    if not bool(torch.isfinite(scale).all()):
+        raise FlexureError(
+            "expected positive variances and finite weights, got a factor that is nan or inf; "
+            "give eps > 0, or check the running statistics"
+        )
     return scale_norm_bounds(scale)
 
 
@@ -208,14 +213,21 @@ def adaptive_avg_pool_norm_bounds(
 
 def _entries(matrix: Tensor) -> tuple[float, float, float, float]:
     """Row, column, row sum and column sum of a float64 matrix, rounded up."""
-    size = matrix.abs()
     rows, columns = matrix.shape
+    scale = power_of_two(matrix)
+    matrix = matrix / scale
+    size = matrix.abs()
     return (
-        rounded_up(float(torch.linalg.vector_norm(matrix, dim=1).max()), columns),
-        rounded_up(float(torch.linalg.vector_norm(matrix, dim=0).max()), rows),
-        rounded_up(float(size.sum(1).max()), columns),
-        rounded_up(float(size.sum(0).max()), rows),
+        scale * rounded_up(_largest(torch.linalg.vector_norm(matrix, dim=1)), columns),
+        scale * rounded_up(_largest(torch.linalg.vector_norm(matrix, dim=0)), rows),
+        scale * rounded_up(_largest(size.sum(1)), columns),
+        scale * rounded_up(_largest(size.sum(0)), rows),
     )
+
+
+def _largest(values: Tensor) -> float:
+    """0 of none: a map from or to nothing."""
+    return float(values.max()) if values.numel() else 0.0
 
 
 def _convolution(kernels: Tensor, axes: Sequence[Axis], spectral: float) -> NormBounds:
@@ -223,7 +235,9 @@ def _convolution(kernels: Tensor, axes: Sequence[Axis], spectral: float) -> Norm
     tori = [axis.embedding for axis in axes]
     copies = math.prod(torus.copies for torus in tori)
     overlap = math.prod(torus.overlap for torus in tori)
-    row = row_sum = column = column_sum = 0.0
+    column = column_sum = 0.0
+    scale = power_of_two(kernels)
+    kernels = kernels / scale
     for residue in itertools.product(*(range(torus.stride) for torus in tori)):
         reading = _taps_of(kernels, axes, residue)
         column = max(column, float((reading**2).flatten(3).sum((1, 3)).max()))
@@ -234,10 +248,10 @@ def _convolution(kernels: Tensor, axes: Sequence[Axis], spectral: float) -> Norm
     count = kernels[0].numel()
     return NormBounds(
         spectral,
-        row=rounded_up(math.sqrt(row * overlap), count),
-        column=rounded_up(math.sqrt(column * _folded(axes)) * copies, count),
-        row_sum=rounded_up(row_sum, count),
-        column_sum=rounded_up(column_sum * copies, count),
+        row=scale * rounded_up(math.sqrt(row * overlap), count),
+        column=scale * rounded_up(math.sqrt(column * _folded(axes)) * copies, count),
+        row_sum=scale * rounded_up(row_sum, count),
+        column_sum=scale * rounded_up(column_sum * copies, count),
     )
 
 

@@ -20,7 +20,7 @@ from flexure.contracts import FlexureError
 from flexure.layers.geometry import Axis, Padding, Sizes, convolution_axes, padded_axis
 from flexure.layers.gram import EPS, ITERATIONS, TOLERANCE, gram_norm_bound
 
-__all__ = ["Route", "conv_norm_bound", "linear_norm_bound", "operator_norm"]
+__all__ = ["Route", "conv_norm_bound", "linear_norm_bound", "operator_norm", "power_of_two"]
 
 Route: TypeAlias = Literal["auto", "dense", "torus"]
 """How a convolution is bounded: by its own matrix, by a torus, or the first where it is tiny."""
@@ -166,6 +166,12 @@ def operator_norm(
     return largest
 
 
+def power_of_two(values: Tensor) -> float:
+    """That above the largest entry, by which entries can be divided so that squares stay finite."""
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    return 2.0 ** min(math.frexp(largest)[1], 1023) if 0 < largest < math.inf else 1.0
+
+
 def _check_weight(weight: Tensor, ndims: tuple[int, ...], shape: str) -> None:
     if weight.ndim not in ndims or not weight.is_floating_point():
         raise FlexureError(
@@ -182,8 +188,7 @@ def _scaled(weight: Tensor) -> tuple[Tensor, float]:
     # The one accelerator type without float64 computes on the CPU.
     wide = wide.cpu() if wide.device.type == "mps" else wide
     wide = wide.double()
-    largest = float(wide.abs().max()) if wide.numel() else 0.0
-    scale = 2.0 ** min(math.frexp(largest)[1], 1023) if largest > 0 else 1.0
+    scale = power_of_two(wide)
     return wide / scale, scale
 
 

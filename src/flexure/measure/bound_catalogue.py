@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexure.contracts import FlexureError
 from flexure.measure.bound_layers import (
     KINK,
     MAXIMUM,
     PRODUCT,
     TRAINING,
     UNBOUNDED,
+    avg_pool,
     batch_norm,
     conv,
     conv_transpose,
@@ -183,7 +185,11 @@ def _smooth(bounds: Callable[..., UnitBounds]) -> BoundRule:
     """The rule of an activation, from its parameters to its largest slope and curvature."""
 
     def rule(function: Any, x: Signal, *args: Any, **kwargs: Any) -> Signal:
-        return _bend(x, bounds(*args, **kwargs))
+        try:
+            found = bounds(*args, **kwargs)
+        except FlexureError as error:  # of parameters without bounds
+            raise Unsupported(str(error)) from error
+        return _bend(x, found)
 
     return rule
 
@@ -208,15 +214,6 @@ def _site(module: nn.Module) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _softplus(beta: float = 1.0, threshold: float = 20.0) -> UnitBounds:
-    if threshold < _THRESHOLD:
-        raise Unsupported("below its default threshold, it jumps; " + KINK)
-    return unit_bounds("softplus", beta=beta)
-
-
-_THRESHOLD = 20.0
-"""PyTorch's default; the jump there is below float32's rounding, and not counted."""
-
 _UNITS: Mapping[str, tuple[Callable[..., Tensor], Callable[..., UnitBounds]]] = {
     "ctu": (ctu, ctu_bounds),
     "centered_softplus": (centered_softplus, centered_softplus_bounds),
@@ -233,7 +230,9 @@ _SMOOTH: Mapping[str, Callable[..., UnitBounds]] = {
     "softsign": partial(unit_bounds, "softsign"),
     "tanhshrink": partial(unit_bounds, "tanhshrink"),
     "gelu": lambda *, approximate="none": unit_bounds("gelu", approximate=approximate),
-    "softplus": _softplus,
+    "softplus": lambda beta=1.0, threshold=20.0: unit_bounds(
+        "softplus", beta=beta, threshold=threshold
+    ),
     "elu": lambda alpha=1.0: unit_bounds("elu", alpha=alpha),
     "celu": lambda alpha=1.0: unit_bounds("celu", alpha=alpha),
     "sin cos": lambda: UnitBounds(-1.0, 1.0, 1.0),
@@ -247,7 +246,7 @@ _MOVES = (
     "index_select gather take_along_dim chunk split tensor_split unbind unfold fold diagonal tril "
     "triu flip fliplr flipud roll rot90 tile repeat repeat_interleave pixel_shuffle "
     "pixel_unshuffle channel_shuffle atleast_1d atleast_2d atleast_3d sum mean cumsum avg_pool1d "
-    "avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
 )
 _JOINS = "cat concat concatenate stack hstack vstack dstack column_stack where"
 _SAME = "neg negative positive clone contiguous to double half bfloat16 type_as cpu cuda"
@@ -292,6 +291,7 @@ _RULES: Mapping[Any, Rule] = {
     F.batch_norm: _spelled(batch_norm),
     _DROPOUTS: _spelled(_dropout),
     "interpolate": _spelled(interpolate),
+    "avg_pool2d avg_pool3d": _spelled(avg_pool),
     "pad": _spelled(pad),
     "masked_fill": _spelled(masked_fill),
     **{name: _spelled(_smooth(bounds)) for name, bounds in _SMOOTH.items()},

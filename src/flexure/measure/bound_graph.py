@@ -11,6 +11,8 @@ With T a linear map, |T| the map with the absolute values of its entries, and v 
 
 Each pass carries both an elementwise bound and one of the 2-norm, and keeps at every node what is
 smaller: a bound of the 2-norm bounds each element, and the elements' bounds give one of the 2-norm.
+
+What is too small for float64 is rounded up, never to 0: a later factor may be as large.
 """
 
 from __future__ import annotations
@@ -34,12 +36,17 @@ __all__ = [
     "Sum",
     "Term",
     "backward",
+    "norm_of",
     "reaches",
     "rounding",
 ]
 
 WIDE: Any = {"dtype": torch.float64, "device": "cpu"}
 """Where all arithmetic happens."""
+
+TINY = torch.finfo(torch.float64).tiny
+FAINT = 1e-290
+"""A sum of products below it may have lost some of them."""
 
 
 class LinearMap:
@@ -48,8 +55,9 @@ class LinearMap:
     Args:
         magnitude: applies |T| to a non-negative tensor of `shape`.
         shape: of what it is applied to, with the batch dimension of 1.
-        squares: applies the map whose entries are the squares of T's; None: they are bounded by
-            the largest entry times the entries.
+        squares: applies the map whose entries are the squares of (T/scale)'s; None: they are
+            bounded by the largest entry times the entries.
+        scale: a power of two near T's largest entry.
         norm: a certified upper bound of ‖T‖₂, computed when needed.
     """
 
@@ -59,11 +67,13 @@ class LinearMap:
         shape: Sequence[int],
         *,
         squares: Callable[[Tensor], Tensor] | None = None,
+        scale: float = 1.0,
         norm: Callable[[], float] | None = None,
     ) -> None:
         self.magnitude = magnitude
         self.shape = tuple(shape)
         self.squares = squares
+        self.scale = scale
         self._norm = norm
 
     def pulled(self, bounds: Tensor) -> Tensor:
@@ -84,21 +94,30 @@ class LinearMap:
     def row_norms(self) -> Tensor:
         """Bounds of the 2-norms of T's rows, of the output's shape."""
         if self.squares is None:
-            return torch.minimum(self.row_sums, (self._largest * self.row_sums).sqrt())
-        return self.squares(torch.ones(self.shape, **WIDE)).sqrt()
+            squares, scale = self.row_sums, math.sqrt(self._largest)
+        else:
+            squares, scale = self.squares(torch.ones(self.shape, **WIDE)), self.scale
+        return self._root(squares, scale, self.row_sums)
 
     @cached_property
     def column_norms(self) -> Tensor:
         """Bounds of the 2-norms of T's columns, of the input's shape."""
         if self.squares is None:
-            return torch.minimum(self.column_sums, (self._largest * self.column_sums).sqrt())
-        ones = torch.ones_like(self.row_sums)[None]
-        return _transposed(self.squares, self.shape, ones)[0].sqrt()
+            squares, scale = self.column_sums, math.sqrt(self._largest)
+        else:
+            ones = torch.ones_like(self.row_sums)[None]
+            squares, scale = _transposed(self.squares, self.shape, ones)[0], self.scale
+        return self._root(squares, scale, self.column_sums)
+
+    def _root(self, squares: Tensor, scale: float, sums: Tensor) -> Tensor:
+        """`scale·sqrt(squares)`, at most the sums; squares may have lost what is below TINY."""
+        lost = TINY * max(math.prod(self.shape), self.row_sums.numel())
+        return torch.fmin(sums, (squares + lost).sqrt() * scale)
 
     @cached_property
     def norm(self) -> float:
         """An upper bound of ‖T‖₂."""
-        schur = math.sqrt(_largest(self.row_sums) * _largest(self.column_sums))
+        schur = math.sqrt(_largest(self.row_sums)) * math.sqrt(_largest(self.column_sums))
         return _smallest(schur, math.inf if self._norm is None else self._norm())
 
     @property
@@ -179,7 +198,7 @@ class Reach:
     def of(elements: Tensor, norm: float) -> Reach:
         """Both bounds, each improved by the other."""
         elements = _defined(elements)
-        norm = _smallest(norm, float(elements.norm()))
+        norm = _smallest(norm, float(norm_of(elements.flatten())))
         return Reach(elements.clamp(max=norm), norm)
 
 
@@ -192,7 +211,8 @@ def reaches(nodes: Sequence[Node], needed: Sequence[int]) -> dict[int, Reach]:
             elements, norm = torch.ones(node.shape, **WIDE), 1.0
         elif isinstance(node, Bend):
             before = found[node.parent]
-            elements, norm = node.slope * before.elements, _largest(node.slope) * before.norm
+            elements = _times(node.slope, before.elements)
+            norm = float(_times(node.slope.max(), before.norm))
         else:
             elements, norm = _summed(node, found)
         found[index] = Reach.of(elements, norm)
@@ -239,15 +259,25 @@ def backward(
             to_input = norms
         elif isinstance(node, Bend):
             bent.append(_contribution(index, node, reach[node.parent], elements))
-            passed = (node.slope * elements, _largest(node.slope) * norms)
+            passed = (_times(node.slope, elements), _times(node.slope.max(), norms))
             pending.setdefault(node.parent, []).append(passed)
         else:
             for term in node.terms:
-                by_sums = term.map.pulled(elements)
                 by_norm = _outer(norms, term.map.column_norms)
-                passed = (torch.fmin(by_sums, by_norm), term.map.norm * norms)
+                below = _below(term.map.pulled, elements, by_norm)
+                passed = (below, _times(norms, term.map.norm))
                 pending.setdefault(term.parent, []).append(passed)
     return bent[::-1], to_input
+
+
+def norm_of(rows: Tensor) -> Tensor:
+    """2-norms over the last dimension, whose squares neither vanish nor overflow."""
+    if rows.shape[-1] == 0:
+        return rows.sum(-1)
+    largest = rows.amax(-1)
+    plain = (largest == 0) | ~torch.isfinite(largest)
+    unit = torch.where(plain, 1.0, largest)
+    return torch.where(plain, largest, unit * (rows / unit[..., None]).norm(dim=-1))
 
 
 def rounding(nodes: Sequence[Node], needed: Sequence[int]) -> float:
@@ -267,9 +297,9 @@ def _summed(node: Sum, found: dict[int, Reach]) -> tuple[Tensor, float]:
     norms = []
     for term in node.terms:
         before = found[term.parent]
-        by_sums = term.map.magnitude(before.elements)
-        elements = elements + torch.fmin(by_sums, term.map.row_norms * before.norm)
-        norms.append(term.map.norm * before.norm)
+        by_norm = _times(term.map.row_norms, before.norm)
+        elements = elements + _below(term.map.magnitude, before.elements, by_norm)
+        norms.append(float(_times(torch.tensor(term.map.norm, **WIDE), before.norm)))
     return elements, math.hypot(*norms) if node.disjoint else sum(norms)
 
 
@@ -277,16 +307,18 @@ def _met(passed: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The sum of what a node's consumers pass back; both bounds, each improved by the other."""
     elements = _defined(sum((e for e, _ in passed[1:]), start=passed[0][0]))
     norms = _defined(sum((n for _, n in passed[1:]), start=passed[0][1]))
-    norms = torch.minimum(norms, elements.flatten(1).norm(dim=1))
+    norms = torch.minimum(norms, norm_of(elements.flatten(1)))
     return torch.minimum(elements, _outer(norms, torch.ones(elements.shape[1:], **WIDE))), norms
 
 
 def _contribution(index: int, node: Bend, before: Reach, sensitivity: Tensor) -> Bent:
     """‖Zᵀ diag(d) Z‖₂ <= min(max_i |d_i|·‖Z‖₂², Σ_i |d_i|·‖row i of Z‖₂²)."""
-    weights = _defined(node.curvature * sensitivity).flatten(1)
-    by_norm = weights.amax(1) * (before.norm * before.norm)
-    by_units = weights @ before.elements.square().expand(node.shape).flatten()
-    bound = _defined(torch.fmin(by_norm, by_units))
+    # Roots, whose products stay within float64 where their squares do.
+    roots = _defined(_times(node.curvature, sensitivity)).flatten(1).sqrt()
+    by_norm = _times(roots.amax(1), before.norm)
+    by_units = norm_of(_times(roots, before.elements.expand(node.shape).flatten()))
+    root = torch.fmin(by_norm, by_units)
+    bound = _defined(_times(root, root))
     return Bent(index, sensitivity.flatten(1).amax(1), bound)
 
 
@@ -298,8 +330,24 @@ def _transposed(apply: Callable[[Tensor], Tensor], shape: Sequence[int], given: 
     return result
 
 
+def _below(apply: Callable[[Tensor], Tensor], elements: Tensor, by_norm: Tensor) -> Tensor:
+    """The smaller of |T|·elements and the bounds by norms; the latter where products got lost."""
+    by_sums = apply(elements)
+    faint = by_sums < FAINT
+    if bool(faint.any()):
+        faint &= apply((elements > 0).to(elements)) > 0
+    return torch.where(faint, by_norm, torch.fmin(by_sums, by_norm))
+
+
+def _times(a: Tensor, b: Tensor | float) -> Tensor:
+    """The product of what is not negative, rounded up where it is too small."""
+    other = torch.as_tensor(b, **WIDE)
+    product = a * other
+    return torch.where((product < TINY) & (a > 0) & (other > 0), TINY, product)
+
+
 def _outer(norms: Tensor, elements: Tensor) -> Tensor:
-    return norms.reshape(-1, *(1,) * elements.dim()) * elements
+    return _times(norms.reshape(-1, *(1,) * elements.dim()), elements)
 
 
 def _largest(values: Tensor) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,6 +23,7 @@ __all__ = [
     "PRODUCT",
     "TRAINING",
     "UNBOUNDED",
+    "avg_pool",
     "batch_norm",
     "conv",
     "conv_transpose",
@@ -173,7 +175,24 @@ def batch_norm(
     factors = (constant(running_var) + eps).rsqrt()
     if weight is not None:
         factors = factors * constant(weight)
+    if not bool(torch.isfinite(factors).all()):
+        raise Unsupported("a factor of it is nan or inf; check its statistics, and eps")
     return scaled(x, factors.reshape(-1, *(1,) * (len(x.shape) - 2)))
+
+
+def avg_pool(
+    function: Any,
+    x: Signal,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Any:
+    """Sums over windows, divided by a number of either sign."""
+    divisor = None if divisor_override is None else abs(divisor_override)
+    return moved(function, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor)
 
 
 def interpolate(function: Any, x: Signal, *args: Any, **kwargs: Any) -> Any:

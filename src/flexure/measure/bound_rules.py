@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from flexure.contracts import FlexureError
+from flexure.layers.spectral import power_of_two
 from flexure.measure.bound_graph import WIDE, Bend, Input, LinearMap, Node, Sum, Term
 
 __all__ = [
@@ -129,11 +131,13 @@ def weighted(
             result's channels; None: factors are not merged into the weight.
         axis: of those channels in the result.
     """
-    size, square = weight.abs(), weight.square()
+    size, scale = weight.abs(), power_of_two(weight)
+    square = (weight / scale).square()
     linear = LinearMap(
         lambda x: apply(x, size),
         signal.shape,
         squares=lambda x: apply(x, square),
+        scale=scale,
         norm=None if norm is None else lambda: norm(weight),
     )
     shape = apply(torch.zeros(signal.shape, **WIDE), weight).shape
@@ -174,10 +178,19 @@ def shifted(signal: Signal, shift: Any) -> Signal:
 
 
 def bent(signal: Signal, slope: Any, curvature: Any, name: str) -> Signal:
-    """An activation, by its largest |φ'| and |φ''|, which broadcast over the signal."""
-    return signal.graph.add(
-        Bend(tuple(signal.shape), signal.index, constant(slope), constant(curvature), name)
-    )
+    """An activation, by its largest |φ'| and |φ''|, which broadcast over the signal.
+
+    Raises:
+        FlexureError: one of them is negative or nan.
+    """
+    slope, curvature = constant(slope), constant(curvature)
+    for what, value in (("slope", slope), ("curvature", curvature)):
+        if not bool((value >= 0).all()):
+            raise FlexureError(
+                f"expected a largest {what} of at least 0 in {name or 'an activation'}, got "
+                f"{float(value.min())}; give the largest absolute value"
+            )
+    return signal.graph.add(Bend(tuple(signal.shape), signal.index, slope, curvature, name))
 
 
 def constant(value: Any) -> Tensor:

@@ -7,6 +7,7 @@ does to them, in `bound_catalogue.py`. What the curvature is at given inputs, `c
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,19 @@ from torch import Tensor, nn
 from flexure.calling import logits_of
 from flexure.contracts import FlexureError
 from flexure.measure.bound_catalogue import Bounding
-from flexure.measure.bound_graph import WIDE, Bend, Bent, Reach, backward, reaches, rounding
+from flexure.measure.bound_graph import (
+    WIDE,
+    Bend,
+    Bent,
+    Reach,
+    backward,
+    norm_of,
+    reaches,
+    rounding,
+)
 from flexure.measure.bound_rules import Graph, Signal
 from flexure.measure.fields import measuring
-from flexure.measure.state import unchanged_randomness
+from flexure.measure.state import unchanged_randomness, uncompiled
 
 __all__ = ["Contribution", "HessianBound", "hessian_bound"]
 
@@ -167,7 +177,7 @@ def hessian_bound(model: nn.Module, input_shape: Sequence[int]) -> HessianBound:
     Raises:
         FlexureError: an operation whose slope or curvature has no bound (ReLU, max-pooling,
             LayerNorm, softmax, products of two signals), or none known here; the message names
-            it and its module. Or the output is not (1, K).
+            it and its module. Or the model does not take the input, or its output is not (1, K).
 
     Example:
         >>> import torch
@@ -179,11 +189,23 @@ def hessian_bound(model: nn.Module, input_shape: Sequence[int]) -> HessianBound:
         >>> round(float(hessian_bound(model, (1,)).logits), 6)  # 2 · max|tanh''| · 2²
         6.158403
     """
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    like = torch.zeros(()) if parameter is None else parameter.detach()
-    x = like.new_zeros((1, *input_shape))
-    with unchanged_randomness(x.device), measuring(model), torch.no_grad():
+    x = _zeros(model, input_shape)
+    with unchanged_randomness(x.device), measuring(model), torch.no_grad(), uncompiled():
         return _bounded(_traced(model, x))
+
+
+def _zeros(model: nn.Module, input_shape: Any) -> Tensor:
+    """One input, of the dtype and on the device of the model's weights."""
+    if not isinstance(input_shape, Sequence) or not all(
+        isinstance(size, int) and size >= 0 for size in input_shape
+    ):
+        raise FlexureError(
+            f"expected input_shape to be the sizes of one input, got {input_shape!r}; give "
+            f"for example (3, 32, 32)"
+        )
+    held = itertools.chain(model.parameters(), model.buffers())
+    like = next((each for each in held if each.is_floating_point()), torch.zeros(()))
+    return like.detach().new_zeros((1, *input_shape))
 
 
 def _bounded(output: Signal) -> HessianBound:
@@ -212,7 +234,13 @@ def _bounded(output: Signal) -> HessianBound:
 
 def _traced(model: nn.Module, x: Tensor) -> Signal:
     """The node of the logits, in the graph of one forward pass."""
-    logits = logits_of(model(Bounding.of(x, Signal(Graph(x.shape), 0))))
+    try:
+        logits = logits_of(model(Bounding.of(x, Signal(Graph(x.shape), 0))))
+    except RuntimeError as error:
+        raise FlexureError(
+            f"expected a model that takes one input of shape {tuple(x.shape)}, got an error "
+            f"({error}); give input_shape without the batch dimension"
+        ) from error
     if not isinstance(logits, Bounding):
         raise FlexureError(
             "expected logits that depend on the input by operations that a bound of the Hessian "
@@ -242,7 +270,8 @@ def _contributions(
 ) -> Iterator[Contribution]:
     """One row an activation; its bound for any wᵀz is at most the norm of those for the logits."""
     bounds = [
-        min(up * float(b.bound), float(logits.norm())) for b, logits in zip(bent, each, strict=True)
+        min(up * float(b.bound), float(norm_of(logits)))
+        for b, logits in zip(bent, each, strict=True)
     ]
     total = sum(bounds)
     for found, bound in zip(bent, bounds, strict=True):
@@ -254,7 +283,7 @@ def _contributions(
                 sensitivity=up * float(found.sensitivity),
                 lipschitz=up * reach[node.parent].norm,
                 bound=bound,
-                share=bound / total if total > 0 else 0.0,
+                share=math.nan if math.isinf(total) else bound / total if total > 0 else 0.0,
             )
 
 
