@@ -217,3 +217,42 @@ def test_propositions_hold_on_a_curved_function() -> None:
 def test_refusals(call: Callable[[], Any]) -> None:
     with pytest.raises(FlexureError, match=r"expected .* got .*; "):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_narrow_dtypes_are_rounded_up_to(dtype: torch.dtype) -> None:
+    radius = torch.linspace(0.01, 2, 200).to(dtype)
+    curvature, gradient = torch.tensor(1.7, dtype=dtype), torch.tensor(0.3, dtype=dtype)
+    for bound, exact in (
+        (
+            relative_gradient_bound(radius, curvature),
+            relative_gradient_bound(radius.double(), curvature.double()),
+        ),
+        (
+            output_change_bound(radius, curvature, gradient),
+            output_change_bound(radius.double(), curvature.double(), gradient.double()),
+        ),
+    ):
+        assert bound.dtype == dtype
+        assert bool((bound.double() >= exact).all())
+        assert bool((bound.double() <= exact * (1 + torch.finfo(dtype).eps)).all())
+        assert bool((bound.double() < exact * (1 + 1e-9)).any()) or dtype != torch.float32
+
+
+def test_rounded_bounds_are_differentiable() -> None:
+    radius = torch.tensor([0.3], requires_grad=True)
+    relative_gradient_bound(radius, 2.0).sum().backward()
+    assert radius.grad.item() == pytest.approx(2 * math.exp(0.6), rel=1e-6)
+
+
+def test_an_infinite_curvature_says_nothing_even_behind_a_flat_function() -> None:
+    for as_value in (float, lambda v: torch.tensor(v, dtype=DOUBLE)):
+        curvatures, slopes = [as_value(1.0), as_value(math.inf)], [as_value(0.0), as_value(1.0)]
+        assert float(lemma1_bound(curvatures, slopes)) == math.inf
+        assert float(theorem1_proxy([1, 1], curvatures, slopes)) == math.inf
+        # An affine function bends nothing, however steep what is before it.
+        assert float(lemma1_bound([as_value(1.0), as_value(0.0)], [math.inf, 1.0])) == 1.0
+        assert float(lemma1_bound([1.0, 1.0, 1.0], [as_value(math.inf), 0.0, 1.0])) == math.inf
+        assert float(lemma1_bound([1.0, as_value(0.3)], [0.1, 1.0])) == pytest.approx(
+            1.03, rel=1e-15
+        )

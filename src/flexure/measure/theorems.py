@@ -9,6 +9,7 @@ Numbers in, a bound out: nothing here looks at a network. What bounds a network'
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,8 @@ def lemma1_bound(curvatures: Sequence[Values], slopes: Sequence[Values]) -> Valu
     """Lemma 1 of [LCNN], corrected: `|f''/f'| <= Σ_i |f_i''/f_i'| · Π_{j<i} |f_j'|`.
 
     For `f = f_L ∘ ... ∘ f_1` on the real line, each term at the point that the composition brings
-    it to, or at its maximum. The printed product runs to j = i, which is false wherever a last
+    it to, or at its maximum. An infinite `|f_i''/f_i'|` says nothing, whatever the slopes: inf. The
+    printed product runs to j = i, which is false wherever a last
     slope is below 1: softplus alone has 1/2 at 0, and the printed bound is 1/4.
 
     Args:
@@ -39,8 +41,8 @@ def lemma1_bound(curvatures: Sequence[Values], slopes: Sequence[Values]) -> Valu
     total: Values = 0.0
     steepness: Values = 1.0
     for curvature, slope in zip(curvatures, slopes, strict=True):
-        total = total + curvature * steepness
-        steepness = steepness * slope
+        total = total + _term(curvature, steepness)
+        steepness = _product(steepness, slope)
     return total
 
 
@@ -65,8 +67,8 @@ def theorem1_proxy(
     total: Values = 0.0
     steepness: Values = 1.0
     for width, curvature, slope in zip(widths, curvatures, slopes, strict=True):
-        steepness = steepness * slope
-        total = total + width * curvature * steepness
+        steepness = _product(steepness, slope)
+        total = total + width * _term(curvature, steepness)
     return total
 
 
@@ -82,7 +84,8 @@ def relative_gradient_bound(radius: Values, curvature: Values) -> Values:
 
     Returns:
         Shape by the rules of broadcasting, dtype the widest of the tensors'; integers count as
-        float64, and numbers take the tensors' dtype. A float for numbers.
+        float64. A float for numbers. Computed in float64; a narrower dtype is rounded up to, so
+        that the bound stays one.
 
     Raises:
         FlexureError: a negative argument, or nan.
@@ -91,9 +94,8 @@ def relative_gradient_bound(radius: Values, curvature: Values) -> Values:
         >>> round(relative_gradient_bound(0.1, 2.0), 4)
         0.2214
     """
-    (r, c), numbers = _as_tensors(radius=radius, curvature=curvature)
-    bound = torch.expm1(_exponent(r, c))
-    return float(bound) if numbers else bound
+    (r, c), dtype = _as_tensors(radius=radius, curvature=curvature)
+    return _rounded_up(torch.expm1(torch.as_tensor(_product(r, c))), dtype)
 
 
 def output_change_bound(radius: Values, curvature: Values, gradient_norm: Values) -> Values:
@@ -114,42 +116,59 @@ def output_change_bound(radius: Values, curvature: Values, gradient_norm: Values
     Raises:
         FlexureError: a negative argument, or nan.
     """
-    (r, c, g), numbers = _as_tensors(
-        radius=radius, curvature=curvature, gradient_norm=gradient_norm
-    )
-    a = _exponent(r, c)
+    (r, c, g), dtype = _as_tensors(radius=radius, curvature=curvature, gradient_norm=gradient_norm)
+    a = torch.as_tensor(_product(r, c))
     growth = torch.where(a == 0, 1.0, torch.expm1(a) / torch.where(a == 0, 1.0, a))
     # e^inf/inf has no value of its own: the exponential wins.
     growth = torch.where(torch.isinf(a), a, growth)
     bound = g * r * growth
     bound = torch.where((g == 0) & torch.isinf(c), torch.inf, bound)
     still = (r == 0) | ((g == 0) & torch.isfinite(c))
-    bound = torch.where(still, 0.0, bound)
-    return float(bound) if numbers else bound
+    return _rounded_up(torch.where(still, 0.0, bound), dtype)
 
 
-def _exponent(radius: Tensor, curvature: Tensor) -> Tensor:
-    """`radius·curvature`, 0 where either is (0·inf is nan otherwise)."""
-    product = radius * curvature
-    return torch.where((radius == 0) | (curvature == 0), torch.zeros_like(product), product)
+def _term(curvature: Values, steepness: Values) -> Values:
+    """`curvature·steepness`, inf where the curvature is (0·inf is nan otherwise)."""
+    if isinstance(curvature, Tensor):
+        return torch.where(torch.isinf(curvature), torch.inf, _product(curvature, steepness))
+    return curvature if curvature == math.inf else _product(curvature, steepness)
 
 
-def _as_tensors(**values: Values) -> tuple[list[Tensor], bool]:
-    """The arguments as tensors of one floating-point dtype; whether all are numbers."""
+def _product(one: Values, other: Values) -> Values:
+    """Of two norms: 0 where either is 0 (0·inf is nan otherwise)."""
+    product = one * other
+    still = (one == 0) | (other == 0)
+    if isinstance(product, Tensor):
+        return torch.where(torch.as_tensor(still), torch.zeros_like(product), product)
+    return 0.0 if still else product
+
+
+def _as_tensors(**values: Values) -> tuple[list[Tensor], torch.dtype | None]:
+    """The arguments in float64, and the dtype of the result; None: they are numbers."""
     for name, value in values.items():
         _check_sign(name, value)
     given = [value for value in values.values() if isinstance(value, Tensor)]
     # A number in the dtype of integers would lose what is behind its point.
     kinds = [v.dtype if v.is_floating_point() else torch.float64 for v in given]
-    dtype = functools.reduce(torch.promote_types, kinds) if kinds else torch.float64
+    dtype = functools.reduce(torch.promote_types, kinds) if kinds else None
     device = given[0].device if given else None
     tensors = [
-        value.to(dtype)
+        value.double()
         if isinstance(value, Tensor)
-        else torch.full((), value, dtype=dtype, device=device)
+        else torch.full((), value, dtype=torch.float64, device=device)
         for value in values.values()
     ]
-    return tensors, not given
+    return tensors, dtype
+
+
+def _rounded_up(bound: Tensor, dtype: torch.dtype | None) -> Values:
+    if dtype is None:
+        return float(bound)
+    nearest = bound.to(dtype)
+    # A constant, so that gradients pass.
+    below = nearest.detach()
+    gap = torch.nextafter(below, torch.full_like(below, torch.inf)) - below
+    return nearest + torch.where(below.double() < bound, gap, torch.zeros_like(gap))
 
 
 def _check_lengths(**values: Sequence[Values]) -> None:
