@@ -132,7 +132,8 @@ def test_norms_of_weights_whose_squares_leave_float64(scale: float) -> None:
         return [linear_norm_bounds(factor * matrix), conv]
 
     for one, other in zip(bounds(1.0), bounds(scale), strict=True):
-        assert vars(other) == pytest.approx({k: v * scale for k, v in vars(one).items()}, rel=1e-12)
+        expected = {k: v * scale for k, v in vars(one).items()}
+        assert vars(other) == pytest.approx(expected, rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
