@@ -20,9 +20,11 @@ __all__ = [
     "evaluating",
     "logits_of",
     "map_tensors",
+    "rewritten_weights",
     "rows_of",
     "seeded",
     "take",
+    "unwritten",
 ]
 
 
@@ -99,6 +101,67 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def unwritten(model: nn.Module) -> Iterator[None]:
+    """Puts back, bit for bit, what a call of the model writes into the model.
+
+    Covers buffers, the weights that torch's own layers overwrite (`rewritten_weights`), and
+    whatever a module binds to its attributes (counters, caches). Another parameter that the call
+    overwrites, and a list or dict that it changes in place, are not covered.
+    """
+    modules = [
+        (module, _attributes(module), dict(module._buffers))
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+    ]
+    overwritten = (*model.buffers(), *rewritten_weights(model).values())
+    contents = {
+        id(tensor): (tensor, tensor.detach().clone())
+        for tensor in overwritten
+        if not tensor.is_meta
+    }
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in modules:
+            for key in _attributes(module).keys() - attributes.keys():
+                del module.__dict__[key]
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for tensor, content in contents.values():
+                if not torch.equal(tensor, content):
+                    tensor.copy_(content)
+
+
+def rewritten_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Path -> weight, of every layer that rewrites its weight when it is called, in eval mode too.
+
+    An embedding with `max_norm` scales down the rows that it looks up, in place.
+    """
+    return {
+        path: module.weight
+        for path, module in model.named_modules()
+        if isinstance(module, _RENORMALISING) and module.max_norm is not None
+    }
+
+
+_RENORMALISING = (nn.Embedding, nn.EmbeddingBag)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps besides parameters, buffers, children and hooks."""
+    return {
+        key: value
+        for key, value in module.__dict__.items()
+        if not (key.startswith("_") and key in _OWN)
+    }
+
+
+_OWN = frozenset(nn.Module().__dict__)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexure.calling import call_model, copied, evaluating, logits_of, map_tensors
+from flexure.calling import call_model, copied, evaluating, logits_of, map_tensors, unwritten
 from flexure.contracts import FlexureError
 from flexure.measure.state import (
     full_precision,
@@ -165,8 +165,8 @@ def measuring(model: Any) -> Iterator[None]:
 
     Eval mode, parameters without gradients (the input's are what is asked for), autocast off,
     grad mode on, no TF32, and scaled-dot-product attention by its MATH backend, the only one that
-    can be differentiated twice. What models draw from global random generators is put back. One
-    thread of the process is inside at a time.
+    can be differentiated twice. What models draw from global random generators is put back, and
+    what they write into buffers and attributes. One thread of the process is inside at a time.
 
     Args:
         model: a module, or anything else, which is left alone.
@@ -186,6 +186,7 @@ def measuring(model: Any) -> Iterator[None]:
         stack.enter_context(full_precision())
         stack.enter_context(unchanged_randomness())
         if isinstance(model, nn.Module):
+            stack.enter_context(unwritten(model))
             stack.enter_context(evaluating(model))
             stack.enter_context(_constant(model))
         yield

@@ -8,22 +8,22 @@ the catalogue's: `jet_rules.py`, `jet_reductions.py`, `jet_layers.py`, `jet_loss
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flexure.calling import logits_of
+from flexure.calling import logits_of, unwritten
 from flexure.contracts import FlexureError
 from flexure.measure.jet_layers import KINKS, LAYERS, UNITS
 from flexure.measure.jet_losses import LOSSES
 from flexure.measure.jet_reductions import REDUCTIONS
 from flexure.measure.jet_rules import ARITHMETIC
 from flexure.measure.propagate import GENERAL, Carrying, Unsupported, carriers_in, rule_table
+from flexure.measure.state import uncompiled
 
 __all__ = ["Jet", "jet", "taylor_coefficients"]
 
@@ -114,7 +114,8 @@ def taylor_coefficients(
     """
     _check(x, v, order)
     seed = Jet.of(x, (v, *(None,) * (order - 1)) if order else ())
-    with torch.autocast(x.device.type, enabled=False), _uncompiled(), _recording():
+    kept = unwritten(f) if isinstance(f, nn.Module) else nullcontext()
+    with torch.autocast(x.device.type, enabled=False), uncompiled(), _recording(), kept:
         try:
             y = f(seed)
         except OverflowError as error:  # of Python's numbers: beta ** order
@@ -152,14 +153,6 @@ def _with_gradient(args: Any) -> Iterator[bool]:
             yield from _with_gradient(item)
     elif isinstance(args, dict):
         yield from _with_gradient(tuple(args.values()))
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Runs the Python code of what torch.compile made: it cannot compile for a jet."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and its import takes seconds
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 def _as_column(y: Tensor, batch: int) -> Tensor:

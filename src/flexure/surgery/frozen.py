@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexure.calling import rewritten_weights
 from flexure.contracts import FlexureError
 from flexure.surgery.light import LIGHT
-from flexure.surgery.preserve import rewritten_weights
 
 __all__ = ["KeepEval", "check_constant", "freeze", "stay_in_eval_mode"]
 
