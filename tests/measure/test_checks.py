@@ -94,6 +94,35 @@ def mlp(act: Callable[[], nn.Module] = nn.Softplus) -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8), act(), nn.Linear(8, 8), act(), nn.Linear(8, 4))
 
 
+class Times(nn.Module):
+    """Multiplies by a number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+class Shifted(nn.Module):
+    """Adds one to the first class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.one_hot(torch.zeros(len(x), dtype=torch.long), 4)
+
+
+class EqualHeads(nn.Module):
+    """Gives the first two classes the same logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, [0, 0, 2, 3]]
+
+
+def sigmoids() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 10), Times(30.0), nn.Sigmoid(), nn.Linear(10, 4))
+
+
 SOUND: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ReLU MLP": (lambda: mlp(nn.ReLU), VECTOR),
     "softplus MLP": (mlp, VECTOR),
@@ -112,6 +141,10 @@ SOUND: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "parametrized": (Parametrized, VECTOR),
     "scripted": (lambda: torch.jit.script(mlp()), VECTOR),
     "float32 inside": (Insistent, VECTOR),
+    "saturated": (lambda: nn.Sequential(Times(100.0), sigmoids()), VECTOR),
+    "sharp softmax": (lambda: nn.Sequential(mlp(nn.Tanh), Times(100.0), nn.Softmax(-1)), VECTOR),
+    "equal heads": (lambda: nn.Sequential(mlp(), EqualHeads()), VECTOR),
+    "nearly constant": (lambda: nn.Sequential(mlp(nn.Tanh), Times(1e-12), Shifted()), VECTOR),
 }
 
 
@@ -282,6 +315,59 @@ def test_batch_statistics_are_refused(track: bool) -> None:
     with pytest.raises(FlexureError, match="no sample depends on another"):
         checked(net, torch.randn(6, *IMAGE))
     assert all(value.equal(before[key]) for key, value in net.state_dict().items())
+
+
+class TrainsAlways(nn.Module):
+    """Sets its normalisation to training in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm.train()(x)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("batch", [1, 2, 6])
+@pytest.mark.parametrize("name", ["no statistics", "training", "mean", "image"])
+def test_coupling_is_told_whatever_the_batch(name: str, batch: int, alike: bool) -> None:
+    norms = {
+        "no statistics": lambda: nn.BatchNorm1d(5, track_running_stats=False),
+        "training": TrainsAlways,
+        "mean": lambda: Calls(lambda x: x - x.mean(0)),
+        "image": lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 5)), nn.BatchNorm1d(1, track_running_stats=False), nn.Flatten()
+        ),
+    }
+    net = nn.Sequential(norms[name](), mlp(nn.Tanh)).eval()
+    x = torch.randn(batch, 5)
+    with pytest.raises(FlexureError, match="no sample depends on another"):
+        checked(net, x[:1].expand(batch, -1) if alike else x)
+
+
+@pytest.mark.parametrize("scale", [30.0, 100.0, 300.0])
+def test_saturated_networks_pass(scale: float) -> None:
+    """Labels of the least likely class: margins are large, and change by less than rounding."""
+    passed = 0
+    for seed in range(6):
+        torch.manual_seed(seed)
+        net, x = sigmoids(), scale * torch.randn(8, 5)
+        passed += flexure.curvature(net, x, net(x).argmin(1)).converged.all().item()
+    assert passed >= 5
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        lambda x: 1 - torch.exp(-20 * x.square().sum(1)),
+        lambda x: 1e9 + 1e-3 * x.sin().sum(1),
+    ],
+)
+def test_fields_that_change_by_less_than_their_rounding_pass(
+    field: Callable[[Tensor], Tensor],
+) -> None:
+    check_field(lambda rows: field, torch.randn(8, 6))
 
 
 @pytest.mark.parametrize("name", products.PRODUCTS)

@@ -17,11 +17,12 @@ from torch import Generator, Tensor, nn
 
 from flexure.contracts import FlexureError
 from flexure.measure.fields import scalar_field
+from flexure.measure.pairs import Pair
 from flexure.measure.products import PRODUCTS
 from flexure.measure.state import unchanged_randomness
 from flexure.measure.wide import in_float64
 
-__all__ = ["ScalarField", "check_field", "refuse_not_finite"]
+__all__ = ["Checked", "ScalarField", "check_field", "refuse_not_finite"]
 
 ScalarField: TypeAlias = Callable[[Tensor], Tensor]
 """(n, *shape) inputs -> (n,) values, for any n."""
@@ -44,17 +45,28 @@ FLATTEST = 1e-3
 SHORTER = 4.0
 """By how much the second step is shorter. Noise and kinks change a difference by this factor."""
 
-TOLERANCE = 0.01
-"""Relative disagreement at which a derivative is wrong; that of a right one is far less."""
-
-CONSISTENT = 0.1
-"""A difference quotient accuses only where its own two versions are this much closer."""
-
 ROUNDING = 100 * torch.finfo(torch.float64).eps
 """Relative rounding error of a gradient that is never held against a product."""
 
 UNSTABLE = 1e-9, 1e-5
 """A value's change with its batch that counts, relative to the values, and to spread·‖gradient‖."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Derivatives in float64 that were checked, of n samples.
+
+    Attributes:
+        rows: (n,) int64, which samples.
+        along: (n, *shape) unit vectors v, to rounding.
+        gradient: (n, d).
+        product: (n, d) Hv.
+    """
+
+    rows: Tensor
+    along: Tensor
+    gradient: Tensor
+    product: Tensor
 
 
 def check_field(
@@ -65,7 +77,7 @@ def check_field(
     generator: Generator | None = None,
     products: str = "double-backward",
     samples: int = SAMPLES,
-) -> None:
+) -> Checked:
     """Refuses a field whose derivatives cannot be trusted; a field that passes is left as it was.
 
     On at most `samples` of the inputs, in float64, the Hessian-vector product Hv of a random v is
@@ -97,9 +109,11 @@ def check_field(
     """
     refuse_not_finite(x)
     drawn_by = torch.Generator().manual_seed(0) if generator is None else generator
+    found: list[Checked] = []
     with unchanged_randomness(x.device):
         check = _Checks(bind, x.detach(), drawn_by, products)
-        in_float64(model, lambda: check.run(samples))
+        in_float64(model, lambda: found.append(check.run(samples)))
+    return found[0]
 
 
 def refuse_not_finite(x: Tensor) -> None:
@@ -152,7 +166,7 @@ class _Checks:
     generator: Generator
     products: str
 
-    def run(self, samples: int) -> None:
+    def run(self, samples: int) -> Checked:
         """All checks; parameters are in float64 by now."""
         for count in dict.fromkeys(min(n, samples, len(self.x)) for n in (FEW, SAMPLES)):
             rows = torch.linspace(0, len(self.x) - 1, count).long()
@@ -162,22 +176,27 @@ class _Checks:
             steepness = gradient.norm(dim=1, keepdim=True)
             drift = (values - first.middle).abs()
             if (drift > _allowed(values) + UNSTABLE[1] / STEP * (step * steepness)[:, 0]).any():
-                self._refuse_unstable(rows, x)
+                self._refuse_unstable(rows, x, v * step.view(_each(x)) / STEP)
             slope = (gradient * first.along.flatten(1)).sum(1, keepdim=True)
             bend = (values - first.middle)[:, None] / step, (gradient - first.level) / step
-            gradients = _Pair(first.slope, slope, 0 * step, bend[0])
-            products = _Pair(first.change, product, ROUNDING * steepness / step, bend[1])
+            rounding = ROUNDING * values.abs()[:, None] / step
+            gradients = Pair(first.slope, slope, rounding, bend[0])
+            products = Pair(first.change, product, ROUNDING * steepness / step, bend[1])
+            checked = Checked(rows, first.along, gradient, product)
             if products.agree.all() and not gradients.wrong.any():
-                return
+                return checked
         if not values.isfinite().any():
             raise FlexureError(
                 f"expected finite values of the field, got none for the samples {rows.tolist()}; "
                 f"mend the model, or leave such samples out"
             )
         if gradients.wrong.any() or products.wrong.any():
+            # What a batch does to identical samples is no change, but a wrong derivative.
+            self._refuse_unstable(rows, x, v * step.view(_each(x)) / STEP)
             shorter = self._quotients(rows, x, v, step / SHORTER)
             gradients.refuse_most(shorter.slope, _NOT_ITS_GRADIENT)
             products.refuse_most(shorter.change, _NOT_ITS_PRODUCT)
+        return checked
 
     def _directions(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(n, *shape) inputs in float64, random unit vectors, and (n, 1) lengths of steps."""
@@ -195,7 +214,7 @@ class _Checks:
 
         Other batches than those of the products show whether samples depend on each other.
         """
-        each = (-1, *[1] * (x.dim() - 1))
+        each = _each(x)
         up, down = x + step.view(each) * v, x - step.view(each) * v
         parts = []
         for half in torch.arange(len(x)).chunk(2):
@@ -233,6 +252,7 @@ class _Checks:
             hessian = PRODUCTS[self.products](scalar_field(field, x, field=field))
             product = hessian(v, torch.arange(len(x), device=x.device))
         except Exception as error:
+            self._refuse_company(rows, x, error)
             raise FlexureError(
                 f"expected a field with second derivatives ({self.products}), got {_told(error)}; "
                 f"{_REMEDY}; or compute products in another way ({', '.join(PRODUCTS)})"
@@ -247,11 +267,13 @@ class _Checks:
         except FlexureError:
             raise
         except Exception as error:
+            self._refuse_company(rows, x, error)
             raise FlexureError(
                 f"expected a field of any number of samples that can be computed in float64 with "
                 f"its model in float64 (the check of second derivatives needs both), got "
                 f"{_told(error)}; take sizes and dtypes from the input, close over nothing "
-                f"that belongs to single samples, and pass the model that the field uses"
+                f"that belongs to single samples, close over tensors that samples share though "
+                f"they have a row for each, and pass the model that the field uses"
             ) from error
         if not isinstance(values, Tensor) or values.shape != x.shape[:1]:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -261,12 +283,30 @@ class _Checks:
             )
         return values
 
-    def _refuse_unstable(self, rows: Tensor, x: Tensor) -> None:
-        """Raises where values change by chance, or with the batch that they are computed in."""
+    def _refuse_company(self, rows: Tensor, x: Tensor, error: Exception) -> None:
+        """Raises where a sample fails alone, but not in company, as batch statistics do."""
+        if len(x) > 1:
+            return
+        try:
+            with torch.no_grad():
+                self.bind(rows.repeat(2))(torch.cat([x, x + 1]))
+        except Exception:
+            return
+        else:
+            raise FlexureError(
+                f"{_COUPLED}, got {_told(error)} for one alone; {_UNCOUPLE}"
+            ) from error
+
+    def _refuse_unstable(self, rows: Tensor, x: Tensor, away: Tensor) -> None:
+        """Raises where values change by chance, or with the batch that they are computed in.
+
+        `away` (n, *shape) leads from the samples to other company.
+        """
         with torch.no_grad():
             values, same = self._values(rows, x), self._values(rows, x)
             pieces = zip(rows.chunk(2), x.chunk(2), strict=True)
             halves = torch.cat([self._values(*piece) for piece in pieces])
+            mates = self._values(rows.repeat(2), torch.cat([x, x + away]))[: len(x)]
         if ((values - same).abs() > _allowed(values)).any():
             raise FlexureError(
                 f"expected the same values in every evaluation, got a difference of up to "
@@ -274,13 +314,19 @@ class _Checks:
                 f"in eval mode (functional dropout needs training=self.training, noise, random "
                 f"augmentation)"
             )
-        if ((values - halves).abs() > _allowed(values)).any():
+        change = torch.maximum((values - halves).abs(), (values - mates).abs())
+        if (change > _allowed(values)).any():
             raise FlexureError(
-                f"expected a field where no sample depends on another, got values that change by "
-                f"up to {(values - halves).abs().max():.3g} with the rest of the batch; normalise "
-                f"with running statistics in eval mode, and let nothing else act across samples"
+                f"{_COUPLED}, got values that change by up to {change.max():.3g} with the rest of "
+                f"the batch; {_UNCOUPLE}"
             )
 
+
+_COUPLED = "expected a field where no sample depends on another"
+
+_UNCOUPLE = (
+    "normalise with running statistics in eval mode, and let nothing else act across samples"
+)
 
 _REMEDY = (
     "replace what has no double backward (an autograd.Function whose backward is not itself "
@@ -300,58 +346,9 @@ _NOT_ITS_GRADIENT = (
 )
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """A derivative and the difference quotient that it is held against.
-
-    Attributes:
-        quotient: (n, d).
-        derivative: (n, d).
-        noise: (n, 1) how far rounding alone may move the quotient.
-        bend: (n, d) half the difference of the two one-sided quotients, zero unless the point is
-            on a kink.
-    """
-
-    quotient: Tensor
-    derivative: Tensor
-    noise: Tensor
-    bend: Tensor
-
-    @property
-    def larger(self) -> Tensor:
-        """(n,) the larger norm of the two."""
-        return torch.maximum(self.quotient.norm(dim=1), self.derivative.norm(dim=1))
-
-    @property
-    def apart(self) -> Tensor:
-        """(n,) the norm of the difference."""
-        difference: Tensor = torch.linalg.vector_norm(self.quotient - self.derivative, dim=1)
-        return difference
-
-    @property
-    def wrong(self) -> Tensor:
-        """(n,) bool, where they disagree."""
-        return self.apart.gt(TOLERANCE * self.larger + self.noise[:, 0])
-
-    @property
-    def agree(self) -> Tensor:
-        """(n,) bool, where they are the same and not zero."""
-        return ~self.wrong & (self.larger > self.noise[:, 0])
-
-    def refuse_most(self, shorter: Tensor, message: str) -> None:
-        """Raises if most of the samples where not both sides are zero are surely wrong.
-
-        A sample is not sure where one-sided quotients differ, or those of a shorter step (n, d).
-        """
-        doubt = torch.maximum((self.quotient - shorter).norm(dim=1), self.bend.norm(dim=1))
-        sure = doubt <= CONSISTENT * self.apart
-        accused = self.wrong & sure
-        others = ~accused & (self.larger > self.noise[:, 0])
-        if accused.sum() > others.sum():
-            worst = (self.apart / self.larger)[accused].max()
-            raise FlexureError(
-                message.format(worst=worst, count=int(accused.sum()), total=len(accused))
-            )
+def _each(x: Tensor) -> tuple[int, ...]:
+    """The shape in which (n,) factors multiply the samples of x."""
+    return (-1, *[1] * (x.dim() - 1))
 
 
 def _allowed(values: Tensor) -> Tensor:
