@@ -56,6 +56,8 @@ CALLS: dict[str, Map] = {
     "logsumexp axis": lambda x: torch.logsumexp(x, axis=1, keepdims=True),
     "add names": lambda x: torch.add(input=x, other=x * x, alpha=2),
     "sub names": lambda x: torch.sub(x1=x, x2=x * x, alpha=2),
+    "rsub positions": lambda x: torch.rsub(x * x, 2, 3),
+    "rsub names": lambda x: torch.rsub(other=x, input=x * x, alpha=0.5),
     "mul names": lambda x: torch.mul(other=x.sin(), input=x),
     "div names": lambda x: torch.div(other=x + 4, input=x, rounding_mode=None),
     "pow names": lambda x: torch.pow(exponent=3, input=x),
@@ -180,6 +182,7 @@ REFUSED: dict[str, tuple[Map, str]] = {
     "norm": (lambda x: torch.linalg.vector_norm(x, ord=3, dim=1), "p = 2"),
     "norm by position": (lambda x: torch.norm(x, 1, 2), "p = 2"),
     "nuclear": (lambda x: torch.norm(x, "nuc", (1, 2)), "p = 2"),
+    "torch's own loss": (lambda x: torch.binary_cross_entropy_with_logits(x, C), "another order"),
     "reduction": (lambda x: F.mse_loss(x, C, reduction="median"), "median"),
     "two masks": (lambda x: F.scaled_dot_product_attention(x, x, x, EYE, is_causal=True), "mask"),
 }  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from flexure.measure.jet_rules import by_expression, linear
-from flexure.measure.propagate import Carrying, Rule, Unsupported
+from flexure.measure.propagate import Carrying, Rule, Unsupported, refused
 
 __all__ = ["LOSSES"]
 
@@ -88,6 +88,10 @@ LOSSES: Mapping[Any, Rule] = {
     "nll_loss": linear,
     "cross_entropy": by_expression(_cross_entropy),
     "mse_loss": by_expression(_mse),
-    "binary_cross_entropy_with_logits": by_expression(_bce_with_logits),
+    F.binary_cross_entropy_with_logits: by_expression(_bce_with_logits),
+    torch.binary_cross_entropy_with_logits: refused(
+        "it takes its arguments in another order; use "
+        "torch.nn.functional.binary_cross_entropy_with_logits"
+    ),
 }
-"""Names -> rule, as `rule_table` takes them."""
+"""Names, or functions where a name has two meanings -> rule, as `rule_table` takes them."""

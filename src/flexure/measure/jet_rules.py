@@ -200,8 +200,8 @@ def _sub(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return _combined(function, -1.0, *args, **kwargs)
 
 
-def _rsub(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return _combined(torch.sub, -1.0, args[1], args[0], **kwargs)
+def _rsub(x: Any, other: Any, alpha: Any = 1) -> Any:
+    return _combined(torch.sub, -1.0, other, x, alpha=alpha)
 
 
 def _combined(function: Any, sign: float, a: Any, other: Any, *, alpha: Any = 1) -> Any:
@@ -353,7 +353,7 @@ ARITHMETIC: dict[Any, Rule] = {
     "expand_as view_as reshape_as type_as to": _like,
     "add": _add,
     "sub subtract": _sub,
-    "rsub": _rsub,
+    "rsub": by_expression(_rsub),
     "mul multiply": by_expression(_mul),
     "div divide true_divide truediv": by_expression(_div),
     "pow": by_expression(_pow),
