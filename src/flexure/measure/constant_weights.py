@@ -20,10 +20,10 @@ __all__ = ["ConstantWeights"]
 
 
 class ConstantWeights(TorchFunctionMode):
-    """Inside, layers whose weights are leaves of the graph are affine maps of their input.
+    """Inside, layers whose weights need no gradient are affine maps of their input.
 
-    What weights a graph has been made for, such as those of a parametrization that need gradients,
-    is left to torch. Whatever is differentiated with respect to must not be a leaf.
+    Weights that need one are left to torch: those of a parametrization, and those that a field
+    differentiates with respect to itself. `measuring` takes the need from a model's parameters.
     """
 
     def __torch_function__(
@@ -134,7 +134,7 @@ def _constant(input: Any, *weights: Tensor | None) -> bool:
     given = [weight for weight in weights if weight is not None]
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (input, *given))
     alike = plain and all(t.dtype == input.dtype for t in given)
-    return alike and all(weight.is_leaf for weight in given)
+    return alike and input.is_floating_point() and not any(t.requires_grad for t in given)
 
 
 _TRANSPOSED: Mapping[Any, Callable[..., Tensor]] = {

@@ -5,9 +5,11 @@ The equations and the choice of settings; fields, products and Lanczos are their
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -20,6 +22,7 @@ from flexure.measure.checks import check_field, refuse_not_finite
 from flexure.measure.chunks import chunk_within
 from flexure.measure.fields import Field, measuring, point_of, scalar_field
 from flexure.measure.products import PRODUCTS
+from flexure.measure.rounding import warn_of_rounding
 from flexure.measure.state import unchanged_randomness
 from flexure.memory import peak_bytes
 from flexure.per_sample import PerSample
@@ -39,7 +42,9 @@ class Curvature(PerSample):
     """Curvature of a scalar field (a classifier's cross-entropy, or another) at B inputs.
 
     Attributes:
-        gradient_norm: (B,) g = ‖∇f‖₂, in units of f per unit of input.
+        gradient_norm: (B,) g = ‖∇f‖₂, in units of f per unit of input. In float32 it becomes 0
+            where a label's cross-entropy is below about 1e-38 (margins above 88), as ‖∇²f‖ does;
+            means lose nothing by it, and C is not made of the two.
         hessian_norm: (B,) ‖∇²f‖₂, spectral, estimated from below.
         normalized: (B,) C = ‖∇²f‖₂ / ‖∇f‖₂, in 1 / unit of input; exact where g or ‖∇²f‖
             underflows; nan where the gradient is exactly zero.
@@ -98,7 +103,12 @@ def curvature(
     part of its start: for a given operator, that is wrong in one of a thousand starts at most (see
     `batched.lanczos`). Samples that have converged take no more products.
 
-    The model is evaluated in eval mode, without autocast, and left as it was.
+    All that is true of the network in its own dtype, whose rounding is the network's business: one
+    that cancels in float32 has other derivatives there than in float64, and `converged` does not
+    know. Where that shows at the samples that are checked, a `RoundingWarning` tells it.
+
+    The model is evaluated in eval mode, without autocast or TF32, and left as it was. One thread of
+    the process measures at a time.
 
     Example:
         >>> import torch
@@ -116,7 +126,8 @@ def curvature(
     Args:
         model: a network or any callable; its output is a tensor or has `.logits`.
         x: an `Example` of B samples with exactly one floating-point tensor, float32 or float64,
-            which is what derivatives are with respect to.
+            which is what derivatives are with respect to. Every tensor in it with B rows counts
+            as one row a sample: close over what samples share, such as positions.
         y: (B,) integer labels; or floating-point targets of the output's shape, for which f is half
             the squared error. None: the predicted class; of a model with one output a sample, f is
             that output.
@@ -127,7 +138,9 @@ def curvature(
         max_products: Hessian-vector products that a sample may take; those that need more are
             returned with `converged` False.
         chunk: samples at a time; None: all, or as many as fit `memory`.
-        generator: of the CPU, for the start vectors; None: a new one, seeded 0.
+        generator: of the CPU, for the start vectors; None: a new one, seeded 0. A sample's start
+            depends on its place in the batch, so that another order changes what has not converged,
+            and what has by less than its tolerance.
         products: how Hessian-vector products are computed, a name in `products.PRODUCTS`:
             "double-backward" keeps the graph of the gradient; "forward-over-reverse" keeps no graph
             between products and holds less at its peak (with ReLU, smooth activations and all
@@ -146,14 +159,10 @@ def curvature(
             missing or wrong, samples depend on each other, or values are random (see
             `checks.check_field`); or `memory` is too little for one sample.
     """
-    if products not in PRODUCTS or (chunk is not None and chunk < 1):
-        raise FlexureError(
-            f"expected products to be one of {', '.join(PRODUCTS)} and chunk to be at least 1, got "
-            f"{products!r} and {chunk}; choose one, or leave them out"
-        )
+    _check_settings(y, tol, max_products, chunk, generator, products)
     run = _Run(model, x, y, field, tol, max_products, products)
     batch = len(run.point)
-    with measuring(model), unchanged_randomness(run.point.device):
+    with measuring(model), unchanged_randomness(run.point.device), run.dtypes_told():
         if check:
             refuse_not_finite(run.point)
             run.check(min(chunk or batch, CHECKED), memory)
@@ -181,7 +190,7 @@ class _Run:
         """(B, *shape), what is differentiated with respect to."""
         return point_of(self.x)
 
-    def field(self, rows: slice) -> Field:
+    def field(self, rows: slice | Tensor) -> Field:
         """The field of some of the samples."""
         batch = len(self.point)
         if self.y is not None and len(self.y) != batch:
@@ -190,15 +199,34 @@ class _Run:
                 f"the same batch"
             )
         y = None if self.y is None else self.y[rows]
-        return scalar_field(self.model, take(self.x, rows, batch), y, field=self.given)
+        x = take(self.x, cast(slice, rows), batch)
+        return scalar_field(self.model, x, y, field=self.given)
+
+    @contextmanager
+    def dtypes_told(self) -> Iterator[None]:
+        """Errors of a model that was given another dtype than its own say so."""
+        try:
+            yield
+        except RuntimeError as error:
+            own = self.model.parameters() if isinstance(self.model, nn.Module) else ()
+            kinds = {p.dtype for p in own if p.is_floating_point()}
+            if isinstance(error, FlexureError) or not kinds or self.point.dtype in kinds:
+                raise
+            named = ", ".join(sorted(map(str, kinds)))
+            raise FlexureError(
+                f"expected x in the dtype of the model, {named}, got {self.point.dtype}; convert "
+                f"one of the two"
+            ) from error
 
     def check(self, samples: int, memory: int | None) -> None:
         """Refuses fields whose derivatives cannot be trusted."""
-        field = self.field(slice(0, samples))
+        # Spread over the batch, which may be sorted.
+        field = self.field(torch.linspace(0, len(self.point) - 1, samples).long())
         model = self.model if isinstance(self.model, nn.Module) else None
 
         def run() -> None:
-            check_field(field.taken, field.x, model=model, products=self.products)
+            checked = check_field(field.taken, field.x, model=model, products=self.products)
+            warn_of_rounding(field, checked, self.products)
 
         if memory is None:
             run()
@@ -229,6 +257,36 @@ class _Run:
         """The curvature of some of the samples."""
         field = self.field(rows)
         return _measured(field, noise[rows], self.tol, self.max_products, self.products)
+
+
+def _check_settings(
+    y: Any, tol: Any, max_products: Any, chunk: Any, generator: Any, products: Any
+) -> None:
+    """Refuses arguments of other kinds, whatever they would do later."""
+    fits = {
+        "y": (y is None or isinstance(y, Tensor), y, "a tensor; use torch.as_tensor(y)"),
+        "tol": (_real(tol), tol, "a number between 0 and 1; use for example 1e-2"),
+        "max_products": (_count(max_products), max_products, "a count from 1; use for example 20"),
+        "chunk": (chunk is None or _count(chunk), chunk, "a count from 1; leave it out for all"),
+        "generator": (
+            generator is None or isinstance(generator, Generator),
+            generator,
+            "a torch.Generator; use torch.Generator().manual_seed(0)",
+        ),
+        "products": (products in PRODUCTS, products, f"one of {', '.join(PRODUCTS)}; choose one"),
+    }
+    for name, (fit, got, wanted) in fits.items():
+        if not fit:
+            what, remedy = wanted.split(";", 1)
+            raise FlexureError(f"expected {name} to be {what}, got {got!r};{remedy}")
+
+
+def _real(number: Any) -> bool:
+    return isinstance(number, Real) and 0 < float(number) < 1
+
+
+def _count(number: Any) -> bool:
+    return isinstance(number, Integral) and int(number) >= 1
 
 
 def _noise(point: Tensor, generator: Generator | None) -> Tensor:

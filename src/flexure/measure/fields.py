@@ -224,6 +224,11 @@ def point_of(x: Any) -> Tensor:
         return leaf
 
     map_tensors(x, note)
+    if not isinstance(x, Tensor | tuple | list | dict):
+        raise FlexureError(
+            f"expected an example that is a tensor, a tuple or a dict of tensors, got "
+            f"{type(x).__name__}; give dict(x), or the tensor itself"
+        )
     if len(found) != 1:
         raise FlexureError(
             f"expected an example with exactly one floating-point tensor, got {len(found)}; give "
