@@ -788,3 +788,25 @@ def test_shares_of_an_infinite_total_are_unknown() -> None:
     assert found.vector == math.inf
     assert math.isfinite(found.contributions[0].bound)
     assert all(math.isnan(each.share) for each in found.contributions)
+
+
+@pytest.mark.parametrize(
+    ("around", "name"),
+    [
+        (torch.vmap(lambda row: row**2), "aten.pow"),
+        (torch.func.grad(lambda x: (x**3).sum()), "aten.pow"),
+        (lambda x: x.as_subclass(Tensor), "aten.alias"),
+        (torch.tensor, "aten.detach"),
+    ],
+)
+def test_code_below_the_functions_of_torch_is_refused(around: Any, name: str) -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x.tanh() + around(x))
+
+    with pytest.raises(FlexureError, match=rf"bound of the Hessian can pass, got {name}"):
+        hessian_bound(Around(), (2,))
