@@ -47,6 +47,10 @@ def test_the_chunk_fits_and_is_not_much_too_small(
         assert chunk == batch or cost(chunk + 1) + held > budget
 
 
+def test_what_costs_nothing_is_not_cut() -> None:
+    assert chunk_within(0, phases((0, 0)), batch=7) == 7
+
+
 def test_a_phase_that_only_shows_at_many_samples_is_allowed_for() -> None:
     """A line through the costs of one and two samples would allow 900."""
     run = phases((10_000, 100), (0, 2_000))

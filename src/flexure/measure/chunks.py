@@ -61,4 +61,4 @@ def chunk_within(
     if sure > 1 and batch > 1:
         size = min(PROBE, sure, batch)
         peak = max(peak, peak_bytes(lambda: run(size), device=device))
-    return max(1, min(batch, free * size // max(peak, 1)))
+    return max(1, min(batch, free * size // peak)) if peak else batch

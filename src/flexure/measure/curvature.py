@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from flexure.batched import dots, lanczos, norms, scaled
-from flexure.calling import take
+from flexure.calling import rewritten_weights, take
 from flexure.contracts import BudgetError, FlexureError
 from flexure.measure.checks import check_field, refuse_not_finite
 from flexure.measure.chunks import chunk_within
@@ -190,6 +190,16 @@ class _Run:
         """(B, *shape), what is differentiated with respect to."""
         return point_of(self.x)
 
+    @property
+    def put_back(self) -> int:
+        """Bytes of copies of what a model may write into itself, which `measuring` keeps."""
+        if not isinstance(self.model, nn.Module):
+            return 0
+        return sum(
+            tensor.nbytes
+            for tensor in (*self.model.buffers(), *rewritten_weights(self.model).values())
+        )
+
     def field(self, rows: slice | Tensor) -> Field:
         """The field of some of the samples."""
         batch = len(self.point)
@@ -220,17 +230,17 @@ class _Run:
 
     def check(self, samples: int, memory: int | None) -> None:
         """Refuses fields whose derivatives cannot be trusted."""
-        # Spread over the batch, which may be sorted.
-        field = self.field(torch.linspace(0, len(self.point) - 1, samples).long())
         model = self.model if isinstance(self.model, nn.Module) else None
 
         def run() -> None:
+            # Spread over the batch, which may be sorted.
+            field = self.field(torch.linspace(0, len(self.point) - 1, samples).long())
             checked = check_field(field.taken, field.x, model=model, products=self.products)
             warn_of_rounding(field, checked, self.products)
 
         if memory is None:
             run()
-        elif (needed := peak_bytes(run, device=field.x.device)) > memory:
+        elif (needed := peak_bytes(run, device=self.point.device) + self.put_back) > memory:
             raise BudgetError(
                 f"expected a memory budget of at least {needed:,} bytes for the check of second "
                 f"derivatives in float64, got {memory:,}; raise it, or check once with another "
@@ -250,7 +260,11 @@ class _Run:
             del basis
 
         return chunk_within(
-            memory, run, batch=len(point), held=2 * noise.nbytes, device=point.device
+            memory,
+            run,
+            batch=len(point),
+            held=2 * noise.nbytes + self.put_back,
+            device=point.device,
         )
 
     def measured(self, rows: slice, noise: Tensor) -> Curvature:
