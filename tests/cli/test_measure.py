@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +12,8 @@ import pytest
 import torch
 
 import flexure
-from flexure.cli import main
 from flexure.cli.measure import _drawn
+from tests.cli.commands import interrupted, run, written
 
 MODEL = """
 import time
@@ -79,18 +74,9 @@ def model(tmp_path: Path) -> str:
 
 
 def measure(*args: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `flexure measure ARGS` on the digits, in this process."""
+    """Exit code, stdout and stderr of `flexure measure ARGS` on the digits."""
     given = list(args) if "--data" in args else [*args, "--data", "sklearn:digits"]
-    before, code = sys.argv, 0
-    sys.argv = ["flexure", "measure", *given]
-    try:
-        main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return code, out, err
+    return run("measure", *given, capsys=capsys)
 
 
 def test_measure_writes_everything(model: str, tmp_path: Path, capsys) -> None:
@@ -316,23 +302,9 @@ def test_interrupted_and_resumed_equals_undisturbed(model: str, tmp_path: Path, 
     """Ctrl-C in the middle: finished batches are kept, and the result is the same."""
     arguments = [model.replace("small", "slow"), "--against", model, *FAST, "--samples", "48"]
     cut, store = tmp_path / "cut", tmp_path / "cut" / ".flexure-measure"
-    command = [sys.executable, "-m", "flexure", "measure", *arguments]
-    process = subprocess.Popen(
-        [*command, "--data", "sklearn:digits", "--out", str(cut)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # Where tests run in the background, SIGINT may be ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    while process.poll() is None and len(list(store.glob("*.safetensors"))) < 3:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    given = [*arguments, "--data", "sklearn:digits", "--out", str(cut)]
+    err, kept = interrupted("measure", *given, store=store, parts=3)
     assert err == "flexure: interrupted; what is finished is kept, --resume continues it\n"
-    kept = {path: path.stat().st_mtime_ns for path in store.glob("*.safetensors")}
-    assert len(kept) >= 3
     code, _, err = measure(*arguments, "--out", str(cut), capsys=capsys)
     assert code == 2
     assert "holds an unfinished measurement; add --resume to continue it" in err
@@ -340,7 +312,7 @@ def test_interrupted_and_resumed_equals_undisturbed(model: str, tmp_path: Path, 
     code, _, err = measure(*other, capsys=capsys)
     assert code == 2
     assert "another tol" in err
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert written(store) == kept
     for folder, more in ((cut, ["--resume"]), (tmp_path / "whole", [])):
         code, _, err = measure(*arguments, "--out", str(folder), *more, capsys=capsys)
         assert (code, err) == (0, "")

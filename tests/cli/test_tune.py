@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import flexure
-from flexure.cli import main
 from flexure.cli.common import working
+from tests.cli.commands import interrupted, run, written
 
 MODEL = """
 import time
@@ -51,17 +46,8 @@ def model(tmp_path: Path) -> str:
 
 
 def tune(*args: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `flexure tune ARGS` on the digits, in this process."""
-    before, code = sys.argv, 0
-    sys.argv = ["flexure", "tune", *args, "--data", "sklearn:digits", *SIZES]
-    try:
-        main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return code, out, err
+    """Exit code, stdout and stderr of `flexure tune ARGS` on the digits."""
+    return run("tune", *args, "--data", "sklearn:digits", *SIZES, capsys=capsys)
 
 
 def test_tune_writes_everything_and_its_adapters_load(model: str, tmp_path: Path, capsys) -> None:
@@ -178,33 +164,18 @@ def numbers_of(folder: Path) -> Any:
     found.pop("timing")
     for arm in found["arms"]:
         arm.pop("seconds")
-        for run in arm["runs"]:
-            run.pop("seconds")
+        for one in arm["runs"]:
+            one.pop("seconds")
     return found
 
 
 def test_interrupted_and_resumed_equals_undisturbed(model: str, tmp_path: Path, capsys) -> None:
     """Ctrl-C in the middle: finished runs are kept, and the result is the same."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = [model.replace("small", "slow"), *FAST, "--arms", "lora"]
     cut, store = tmp_path / "cut", tmp_path / "cut" / ".flexure-tune"
-    command = [sys.executable, "-m", "flexure", "tune", *arguments, "--data", "sklearn:digits"]
-    process = subprocess.Popen(
-        [*command, *SIZES, "--out", str(cut)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        # Where tests run in the background, SIGINT may be ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    while process.poll() is None and len(list(store.glob("*.safetensors"))) < 2:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    given = [*arguments, "--data", "sklearn:digits", *SIZES, "--out", str(cut)]
+    err, kept = interrupted("tune", *given, store=store, parts=2)
     assert err == "flexure: interrupted; what is finished is kept, --resume continues it\n"
-    kept = {path: path.stat().st_mtime_ns for path in store.glob("*.safetensors")}
-    assert len(kept) >= 2
     (store / "thesis.txt").write_text("mine")
     code, _, err = tune(*arguments, "--out", str(cut), capsys=capsys)
     assert code == 2
@@ -213,7 +184,7 @@ def test_interrupted_and_resumed_equals_undisturbed(model: str, tmp_path: Path, 
                         capsys=capsys)  # fmt: skip
     assert code == 2
     assert "another training" in err
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert written(store) == kept
     for folder, more in ((cut, ["--resume"]), (tmp_path / "whole", [])):
         code, _, err = tune(*arguments, "--out", str(folder), *more, capsys=capsys)
         assert (code, err) == (0, "")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +12,7 @@ import pytest
 import torch
 
 import flexure
-from flexure.cli import main
+from tests.cli.commands import interrupted, run
 
 MODEL = """
 import time
@@ -75,21 +72,6 @@ def model(tmp_path: Path) -> str:
     path = tmp_path / "models.py"
     path.write_text(MODEL)
     return f"{path}:small"
-
-
-def run(*args: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `flexure ARGS`, in this process."""
-    before = sys.argv
-    sys.argv = ["flexure", *args]
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_sites_prints_the_table(model: str, capsys) -> None:
@@ -353,33 +335,17 @@ def test_version_and_module(capsys) -> None:
     assert done.stdout == f"{flexure.__version__}\n"
 
 
-def test_interrupted_and_resumed_equals_undisturbed(model: str, tmp_path) -> None:
+def test_interrupted_and_resumed_equals_undisturbed(model: str, tmp_path, capsys) -> None:
     """Ctrl-C in the middle of a search: finished betas are kept, and the result is the same."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    model = model.replace("small", "slow")
     betas = ",".join(f"{0.5 + 0.01 * i:.2f}" for i in range(12))
-    command = [sys.executable, "-m", "flexure", "steer", model, "--data", "sklearn:digits"]
-    command += ["--betas", betas, "--out"]
-    store = tmp_path / "cut" / ".flexure-search"
-    process = subprocess.Popen(
-        [*command, str(tmp_path / "cut")],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        # Where tests run in the background, SIGINT may be ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    while process.poll() is None and len(list(store.glob("*.safetensors"))) < 3:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    given = ["steer", model.replace("small", "slow"), "--data", "sklearn:digits"]
+    given += ["--betas", betas, "--out"]
+    cut, store = tmp_path / "cut", tmp_path / "cut" / ".flexure-search"
+    err, _ = interrupted(*given, str(cut), store=store, parts=3)
     assert err.count("\n") == 1
     assert "--resume" in err
-    kept = {path: path.stat().st_mtime_ns for path in store.glob("*.safetensors")}
-    assert len(kept) >= 3
-    subprocess.run([*command, str(tmp_path / "cut"), "--resume"], check=True, env=environment)
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment)
+    for folder, more in ((cut, ["--resume"]), (tmp_path / "whole", [])):
+        assert run(*given, str(folder), *more, capsys=capsys)[0] == 0
     assert not store.exists()
     numbers = []
     for name in ("cut", "whole"):
