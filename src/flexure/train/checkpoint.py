@@ -79,20 +79,13 @@ def set_rng_state(tree: Mapping[str, Any]) -> None:
     """Puts back what `rng_state` returned; states of CUDA devices that are not here are skipped.
 
     Raises:
-        FlexureError: `tree` is something else.
+        FlexureError: `tree` is something else; the generators are then as they were.
     """
+    before = rng_state()
     try:
-        random.setstate(tree["python"])
-        np.random.set_state(
-            {
-                key: _map_tensors(value, lambda t: t.numpy().view(f"u{t.itemsize}"))
-                for key, value in tree["numpy"].items()
-            }
-        )
-        torch.set_rng_state(tree["torch"])
-        for device, state in zip(range(torch.cuda.device_count()), tree["cuda"], strict=False):
-            torch.cuda.set_rng_state(state, device)
+        _set_rng_state(tree)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        _set_rng_state(before)
         raise FlexureError(
             f"expected the states of random generators as rng_state returns them, got something "
             f"else ({error})"
@@ -237,3 +230,16 @@ def _placed(value: Any, device: torch.device | None) -> Any:
 def _beside(value: Any, own: Any) -> Any:
     """A setting; a tensor goes where the optimiser's own is."""
     return value.to(own.device) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
+
+
+def _set_rng_state(tree: Mapping[str, Any]) -> None:
+    random.setstate(tree["python"])
+    np.random.set_state(
+        {
+            key: _map_tensors(value, lambda t: t.numpy().view(f"u{t.itemsize}"))
+            for key, value in tree["numpy"].items()
+        }
+    )
+    torch.set_rng_state(tree["torch"])
+    for device, state in zip(range(torch.cuda.device_count()), tree["cuda"], strict=False):
+        torch.cuda.set_rng_state(state, device)
