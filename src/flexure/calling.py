@@ -134,6 +134,8 @@ def unwritten(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for tensor, content in contents.values():
                 if not torch.equal(tensor, content):
+                    if tensor.shape != content.shape:
+                        tensor.resize_(content.shape)
                     tensor.copy_(content)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flexure.contracts import FlexureError
+from flexure.measure.curvature import curvature
 from flexure.measure.fields import Field, margin, measuring, scalar_field
 from tests.measure.untouched import untouched
 from tests.reference.curvature import margin_digits
@@ -174,3 +175,21 @@ def test_inputs_made_in_inference_mode() -> None:
     with torch.inference_mode():
         field = made(model, x, torch.tensor([0, 1]))
     assert math.isfinite(field(field.x).sum().item())
+
+
+@pytest.mark.parametrize(
+    ("y", "told"),
+    [
+        (torch.tensor(0), "for each of 6 samples, got a single number"),
+        (torch.zeros(6, 1, dtype=torch.int64), r"labels of shape \(6,\).*shape \(6, 1\)"),
+        (torch.zeros(6, dtype=torch.complex64), "got torch.complex64"),
+    ],
+)
+def test_targets_are_checked_as_they_were_given(y: torch.Tensor, told: str) -> None:
+    with pytest.raises(FlexureError, match=told):
+        curvature(nn.Linear(3, 3), torch.randn(6, 3), y)
+
+
+def test_a_lazy_model_is_told_to_be_called_first() -> None:
+    with pytest.raises(FlexureError, match="call the model once"):
+        curvature(nn.LazyLinear(3), torch.randn(6, 3), torch.arange(6) % 3)

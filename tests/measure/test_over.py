@@ -340,6 +340,14 @@ def test_paired_intervals_are_scipys():
     assert told.low.isnan()
 
 
+def test_paired_shares_differ_by_one_at_most():
+    right, wrong = torch.tensor([True, True, True, False]), torch.zeros(4, dtype=torch.bool)
+    told = summary_of(right).paired(summary_of(wrong), "value")
+    assert told.mean == 0.75
+    assert told.high == 1.0
+    assert -1.0 <= float(told.low) < 0.75
+
+
 def test_paired_shares_have_a_width_where_nothing_differs():
     right = torch.arange(20) % 3 > 0
     told = summary_of(right).paired(summary_of(right.clone()), "value")

@@ -65,3 +65,21 @@ def test_what_a_model_writes_is_put_back(name: str, training: bool) -> None:
     with untouched(model):
         MEASURES[name](model)
     assert model.calls == 1
+
+
+def test_a_buffer_that_is_resized_is_put_back_and_so_are_those_after_it() -> None:
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("cache", torch.zeros(2))
+            self.register_buffer("total", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.cache.resize_(5).fill_(1.0)
+            self.total += 1
+            return x.square().sum(1)
+
+    model = Growing()
+    flexure.curvature(model, torch.randn(4, 3))
+    assert model.cache.tolist() == [0.0, 0.0]
+    assert model.total == 0

@@ -20,7 +20,7 @@ from flexure.calling import rewritten_weights, take
 from flexure.contracts import BudgetError, FlexureError
 from flexure.measure.checks import check_field, refuse_not_finite
 from flexure.measure.chunks import chunk_within
-from flexure.measure.fields import Field, measuring, point_of, scalar_field
+from flexure.measure.fields import Field, check_target, measuring, point_of, scalar_field
 from flexure.measure.products import PRODUCTS
 from flexure.measure.rounding import warn_of_rounding
 from flexure.measure.state import unchanged_randomness
@@ -203,11 +203,7 @@ class _Run:
     def field(self, rows: slice | Tensor) -> Field:
         """The field of some of the samples."""
         batch = len(self.point)
-        if self.y is not None and len(self.y) != batch:
-            raise FlexureError(
-                f"expected one target for each of {batch} samples, got {len(self.y)}; give y of "
-                f"the same batch"
-            )
+        check_target(self.y, batch)
         y = None if self.y is None else self.y[rows]
         x = take(self.x, cast(slice, rows), batch)
         return scalar_field(self.model, x, y, field=self.given)

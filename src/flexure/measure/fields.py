@@ -25,7 +25,7 @@ from flexure.measure.state import (
     unchanged_randomness,
 )
 
-__all__ = ["Field", "margin", "measuring", "point_of", "scalar_field"]
+__all__ = ["Field", "check_target", "margin", "measuring", "point_of", "scalar_field"]
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,7 @@ def scalar_field(
     point = point_of(x)
     if field is not None:
         return Field(point, False, None, lambda example, _: field(point_of(example)), x)
-    if y is not None and len(y) != len(point):
-        raise FlexureError(
-            f"expected one target for each of {len(point)} samples, got {len(y)}; give y of the "
-            f"same batch"
-        )
+    check_target(y, len(point))
     target = None if y is None else _plain(y).to(point.device)
 
     def outputs(example: Any) -> Tensor:
@@ -159,6 +155,27 @@ def scalar_field(
     )
 
 
+def check_target(y: Tensor | None, batch: int) -> None:
+    """Checks what can be told of targets without the model's output.
+
+    Raises:
+        FlexureError: there is not one for each of the samples, or they are complex, or labels with
+            more than one dimension.
+    """
+    if y is None:
+        return
+    if not y.dim() or len(y) != batch:
+        raise FlexureError(
+            f"expected one target for each of {batch} samples, got "
+            f"{len(y) if y.dim() else 'a single number'}; give y of the same batch"
+        )
+    if y.is_complex() or (y.dim() > 1 and not y.is_floating_point()):
+        raise FlexureError(
+            f"expected labels of shape ({batch},), or floating-point targets of the output's shape,"
+            f" got {y.dtype} of shape {tuple(y.shape)}; give y.flatten(), or real targets"
+        )
+
+
 @contextmanager
 def measuring(model: Any) -> Iterator[None]:
     """The state in which measures call a model; everything is put back at the end.
@@ -177,7 +194,7 @@ def measuring(model: Any) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time())
         if isinstance(model, nn.Module):
-            _refuse_inference(model)
+            _refuse_unusable(model)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for device in {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}:
@@ -192,8 +209,13 @@ def measuring(model: Any) -> Iterator[None]:
         yield
 
 
-def _refuse_inference(model: nn.Module) -> None:
+def _refuse_unusable(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if torch.nn.parameter.is_lazy(tensor):
+            raise FlexureError(
+                f"expected a model whose parameters have values, got {name!r} of a lazy layer "
+                f"without; call the model once on a batch before it is measured"
+            )
         if tensor.is_inference():
             raise FlexureError(
                 f"expected a model that was built outside of torch.inference_mode, got {name!r} "

@@ -147,6 +147,8 @@ class Summary(Generic[Result]):
             wide = torch.cat([differences, one, -one])
         low, high = t_interval(_mean(wide), _standard_error(wide), _count(wide), level=level)
         low, high = torch.minimum(low, mean), torch.maximum(high, mean)
+        if self._is_share(name):
+            low, high = low.clamp(min=-1.0), high.clamp(max=1.0)
         return PairedDifference(mean, error, low, high, count, level)
 
     def __str__(self) -> str:
