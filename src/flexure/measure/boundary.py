@@ -1,4 +1,7 @@
-"""How far a network is from zero along the boundary that it should have, [CT] Fig. 2."""
+"""How far a network is from zero along the boundary that it should have.
+
+[CT], Curvature Tuning, Fig. 2.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 The formula and its derivation are in `hessian_bound`. How bounds pass through the graph of a
 network is in `bound_graph.py`; how the graph is found, in `bound_rules.py`; what each operation
 does to them, in `bound_catalogue.py`. What the curvature is at given inputs, `curvature.py` says.
+
+[LCNN] is Low-Curvature Networks (Srinivas et al., 2022).
 """
 
 from __future__ import annotations

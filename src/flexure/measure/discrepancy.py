@@ -1,4 +1,7 @@
-"""How much larger a measured quantity is on test data than on training data, [LCNN] Table 3."""
+"""How much larger a measured quantity is on test data than on training data.
+
+[LCNN], Low-Curvature Networks (Srinivas et al., 2022), Table 3.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 A finite-order slope of log norms against the order, with everything that it depends on. The
 derivatives themselves come from `jets`, and a model's scalar from `probability`.
+
+[CR] is The Curvature Rate λ (Poschl, 2025, arXiv:2511.01438).
 """
 
 from __future__ import annotations

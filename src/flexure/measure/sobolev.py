@@ -1,6 +1,8 @@
 """The Sobolev semi-norm of a function over a sample: root mean squares of derivative tensors.
 
 [CT] appendix C.1 says of steering that it changes this. Growth with the order is in `rate`.
+
+[CT] is Curvature Tuning.
 """
 
 from __future__ import annotations
