@@ -211,7 +211,7 @@ def test_wrong_labels_leave_nothing_behind(model: str, tmp_path: Path, capsys) -
     code, text, err = measure(three, *arguments, "--data", shifted, capsys=capsys)
     assert (code, text) == (2, "")
     assert "expected labels from 0 to 2, the 3 classes of model, got 0 to 9" in err
-    assert list(out.iterdir()) == []
+    assert not out.exists()
     right = labelled(tmp_path / "right.npz", labels % 3)
     assert measure(three, *arguments, "--data", right, capsys=capsys)[0] == 0
 
@@ -223,7 +223,7 @@ def test_memory_that_nothing_fits_is_told_as_an_option(model: str, tmp_path: Pat
     assert (code, text) == (2, "")
     least = re.search(r"expected --memory of at least (\d+KiB), got 1KiB; raise it", err)
     assert "check=" not in err
-    assert list(out.iterdir()) == []
+    assert not out.exists()
     while least is not None:  # the check and the measurement each say what they need
         code, _, err = measure(*arguments, "--memory", least.group(1), capsys=capsys)
         least = re.search(r"of at least (\d+KiB)", err)
@@ -251,7 +251,7 @@ def test_a_constant_network_says_why_numbers_are_missing(
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
-    "unknown measure": (["--measures", "beauty"], "curvature, rate"),
+    "unknown measure": (["--measures", "beauty"], "expected measures (--measures) among curvature"),
     "no measure": (["--measures", ","], "curvature, rate"),
     "dial that is no number": (["--steer", "low"], "--steer"),
     "three dials": (["--steer", "0.8,0.5,0.3"], "--steer"),
@@ -262,7 +262,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "one order": (["--orders", "2"], "order"),
     "normalization": (["--normalization", "none"], "normalization"),
     "radii": (["--radii", "wide"], "--radii"),
-    "radius 0": (["--radii", "0"], "radi"),
+    "radius 0": (["--radii", "0"], "expected radii (--radii) that increase from above 0, got 0;"),
+    "radii that fall": (["--radii", "0.1,0.0031622776601683794"], "got 0.1, 0.00316; give for"),
+    "no product": (["--max-products", "0"], "--max-products"),
     "samples": (["--samples", "0"], "--samples"),
     "memory": (["--memory", "little"], "memory"),
     "tolerance": (["--tol", "nan"], "tol"),
@@ -288,7 +290,51 @@ def test_mistakes_are_one_line_and_exit_2(name: str, model: str, tmp_path: Path,
     assert err.startswith("flexure: ")
     assert err.count("\n") == 1
     assert expected in err
-    assert not (out / "results.json").exists()
+    assert not out.exists()
+
+
+def test_a_refused_run_removes_only_the_empty_folders_that_it_made(
+    model: str, tmp_path: Path, capsys
+) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    for out in (there / "a" / "b", there):
+        code, _, _ = measure(model, *FAST, "--split", "absent", "--out", str(out), capsys=capsys)
+        assert code == 2
+        assert list(there.iterdir()) == []
+    (there / "mine").touch()
+    assert measure(model, "--split", "absent", "--out", str(there), capsys=capsys)[0] == 2
+    assert [path.name for path in there.iterdir()] == ["mine"]
+
+
+def test_more_products_let_samples_converge(model: str, tmp_path: Path, capsys) -> None:
+    arguments = [model, *FAST, "--steer", "0.8", "--measures", "curvature,gradient_change"]
+    remedy = "raise max_products (--max-products) or tol"
+    for products, told in ((2, True), (64, False)):
+        more = ["--max-products", str(products), "--out", str(tmp_path / str(products))]
+        code, text, err = measure(*arguments, *more, capsys=capsys)
+        assert (code, err) == (0, "")
+        assert (f"did not converge: their Hessian norms are lower bounds; {remedy}" in text) is told
+        assert (f"rest on lower bounds of Hessian norms; {remedy}" in text) is told
+        payload = json.loads((tmp_path / str(products) / "results.json").read_text())
+        assert payload["config"]["max_products"] == products
+        assert payload["numbers"]["settings"]["max_products"] == products
+        taken = payload["numbers"]["models"][0]["summaries"]["curvature"]["result"]["products"]
+        assert max(taken) <= products
+
+
+def test_the_help_names_measures_and_defaults(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, text, _ = run("measure", "--help", capsys=capsys)
+    assert code == 0
+    text = " ".join(re.sub("[│╭╮╰╯─|]", " ", text).split())
+    for told in (
+        "curvature, rate, gradient_change, calibration, bound.",
+        "default: 0.001, 0.00316, 0.01, 0.0316, 0.1.",
+        "smaller is stricter.",
+        "--max-products",
+    ):
+        assert told in text
 
 
 def numbers_of(folder: Path) -> Any:

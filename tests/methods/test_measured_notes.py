@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -107,6 +108,19 @@ def test_samples_without_a_value_are_counted_and_explained() -> None:
         curved(torch.ones(24), torch.ones(24).index_fill(0, torch.tensor([1]), math.nan)),
     )
     assert note.endswith("there they are not numbers")
+
+
+def test_samples_that_did_not_converge_are_lower_bounds_where_they_are_numbers() -> None:
+    norms = torch.ones(24).index_fill(0, torch.tensor([1]), math.nan)
+    found = curved(torch.ones(24), norms)
+    found = replace(found, converged=torch.arange(24) >= 3)
+    lower, lost, missing = told("curvature", found)
+    assert lower == (
+        "net: 2 of 24 samples of curvature did not converge: their Hessian norms are lower bounds; "
+        "raise max_products (--max-products) or tol"
+    )
+    assert lost == "net: 1 of 24 samples of curvature did not converge: they are not finite"
+    assert missing.endswith("there they are not numbers")
 
 
 def test_a_constant_network_says_why_it_has_no_curvature() -> None:

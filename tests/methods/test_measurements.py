@@ -374,6 +374,7 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"seed": 7}, "seed"),
     "tolerance": ({"tol": 0.5}, "tol"),
+    "products": ({"max_products": 3}, "max_products"),
     "limit": ({"rate_samples": 3}, "limits"),
     "data": ({"batches": data(2)}, "data"),
     "model": ({"model": network(nn.Tanh(), seed=5)}, "model"),
@@ -408,6 +409,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "half a sample": ({"curvature_samples": 1.5}, "whole number"),
     "seed": ({"seed": -1}, "seed"),
     "radii": ({"radii": (-1.0,)}, "radi"),
+    "radii that fall": ({"radii": (0.1, 10**-2.5)}, r"got 0.1, 0.00316; .* 0.01, 0.0316, 0.1$"),
+    "radii as text": ({"radii": "ab"}, "radi"),
+    "no product": ({"max_products": 0}, "max_products"),
     "orders": ({"orders": (2,)}, "order"),
 }
 
@@ -448,8 +452,20 @@ def test_memory_that_nothing_fits_is_an_error(measure: str) -> None:
 
 
 def test_a_model_that_nothing_fits_is_an_error() -> None:
-    with pytest.raises(FlexureError, match="steer"):
+    with pytest.raises(FlexureError, match=r"^model has no rate and no bound: .*steer") as error:
         measure_model(network(nn.ReLU()), data(1), measures=["rate", BOUND], **SMALL)
+    assert str(error.value).count("expected") == 1
+
+
+def test_products_are_those_asked_for() -> None:
+    asked = {"measures": ["curvature", "gradient_change"], **SMALL}
+    one = measure_model(network(nn.Tanh()), data(1), max_products=1, **asked)
+    assert one.settings["max_products"] == 1
+    assert int(one.models[0].curvature.result.products.max()) == 1
+    assert not one.models[0].gradient_change.result.converged.any()
+    assert len([note for note in one.notes if "raise max_products (--max-products)" in note]) == 2
+    every = measure_model(network(nn.Tanh()), data(1), **asked)
+    assert every.models[0].gradient_change.result.converged.all()
 
 
 def test_progress_tells_samples() -> None:

@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +34,7 @@ from flexure.cli.common import (
 )
 from flexure.contracts import BudgetError, FlexureError, LabelledData, LoadedModel
 from flexure.data import PreparedBatches, Subset, batches, load_data
+from flexure.measure.robustness_of_gradients import RADII
 from flexure.methods.load import load_adapter
 from flexure.methods.measurements import NOISE_SAMPLES, RATE_SAMPLES, Measurements, measure_model
 from flexure.methods.measures import BOUND, MEASURES
@@ -43,6 +44,7 @@ from flexure.record import check_writable, record, write_json
 __all__ = ["measure"]
 
 _STORE = ".flexure-measure"  # in the output folder, while a measurement is unfinished
+_ALL = (*MEASURES, BOUND)
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _MOST = 1_000_000_000
 _SPLITS = ("test", "validation", "train")  # the first that the data have
@@ -76,38 +78,73 @@ def measure(
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("flexure-measure"),
     split: Annotated[
         str | None,
-        typer.Option(help=f"Of the data; default: the first there is of {', '.join(_SPLITS)}."),
+        typer.Option(
+            help=f"Split of the data; default: the first there is of {', '.join(_SPLITS)}."
+        ),
     ] = None,
     samples: Annotated[
         int,
         typer.Option(
-            min=1, max=_MOST, help="Drawn at random from the split, all if it has no more."
+            min=1,
+            max=_MOST,
+            help="How many samples to draw at random from the split, all if it has no more.",
         ),
     ] = 256,
     rate_samples: Annotated[
-        int, typer.Option(min=1, max=_MOST, help="Of these, for the curvature rate.")
+        int,
+        typer.Option(
+            min=1, max=_MOST, help="How many of the drawn samples the curvature rate takes."
+        ),
     ] = RATE_SAMPLES,
     noise_samples: Annotated[
-        int, typer.Option(min=1, max=_MOST, help="Of these, for the gradient under noise.")
+        int,
+        typer.Option(
+            min=1, max=_MOST, help="How many of the drawn samples the gradient under noise takes."
+        ),
     ] = NOISE_SAMPLES,
-    measures: Annotated[str, typer.Option(help="What to measure, with commas.")] = ",".join(
-        (*MEASURES, BOUND)
-    ),
+    measures: Annotated[
+        str,
+        typer.Option(
+            help=f"What to measure, with commas: {', '.join(_ALL)}.", show_default="all of them"
+        ),
+    ] = ",".join(_ALL),
     tol: Annotated[
-        float, typer.Option(help="Relative residual of the Hessian norm's eigenvector.")
+        float,
+        typer.Option(
+            help="Relative residual at which the Hessian norm's eigenvector counts as converged; "
+            "smaller is stricter."
+        ),
     ] = 1e-2,
+    max_products: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=100_000,
+            help="Hessian-vector products that a sample may take for its Hessian norm; raise it "
+            "where samples did not converge.",
+        ),
+    ] = 20,
     orders: Annotated[
-        str, typer.Option(help="Orders of the curvature rate, with commas.")
+        str,
+        typer.Option(
+            help="Orders of the derivatives that the curvature rate is fitted to, with commas."
+        ),
     ] = "1,2,3,4",
     directions: Annotated[
         int,
         typer.Option(min=1, max=100_000, help="Random directions of the curvature rate, a sample."),
     ] = 16,
     normalization: Annotated[
-        str, typer.Option(help="Of the curvature rate: raw or factorial.")
+        str,
+        typer.Option(help="Normalization of the curvature rate's derivatives: raw or factorial."),
     ] = "raw",
     radii: Annotated[
-        str | None, typer.Option(help="Radii of the noise, with commas.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Radii of the noise in input units, increasing, with commas; default: "
+            f"{', '.join(f'{radius:.3g}' for radius in RADII)}.",
+            show_default=False,
+        ),
     ] = None,
     memory: Annotated[
         str | None,
@@ -131,6 +168,7 @@ def measure(
         "rate_samples": rate_samples,
         "noise_samples": noise_samples,
         "tol": tol,
+        "max_products": max_products,
         "orders": _numbers("--orders", orders, int),
         "directions": directions,
         "normalization": normalization,
@@ -138,8 +176,13 @@ def measure(
         "memory": None if memory is None else _bytes(memory),
         "seed": seed,
     }
-    store = check_writable(out) / _STORE
-    with working(store, "measurement", resume=resume), _budgeted(memory), users_code(), resumable():
+    with (
+        _output(out) as store,
+        working(store, "measurement", resume=resume),
+        _budgeted(memory),
+        users_code(),
+        resumable(),
+    ):
         loaded = load(model, device)
         other = None if against is None else load(against, device)
         chosen, split = _drawn(load_data(data), split, samples, seed)
@@ -267,6 +310,23 @@ def _bytes(text: str) -> int:
     except ValueError:
         pass
     raise FlexureError(f"expected --memory like 2GiB or 500MiB, got {text!r}")
+
+
+@contextmanager
+def _output(out: Path) -> Iterator[Path]:
+    """The store in the output folder; after an error, no empty folder that was not there before.
+
+    Raises:
+        FlexureError: it is not a folder, or files cannot be written in it.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        yield check_writable(out) / _STORE
+    except BaseException:
+        with suppress(OSError):  # not empty, and then its parents are not either
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -49,13 +49,27 @@ def _refused(model: ModelMeasurements) -> Iterator[str]:
 
 def _found(model: ModelMeasurements) -> Iterator[str]:
     for measure, summary in model.summaries.items():
-        missed = int((~summary.result.converged).sum())
-        if missed:
-            yield f"{missed} of {len(summary)} samples of {measure} did not converge"
+        yield from _unconverged(measure, summary)
         yield from _without_value(model, measure, summary)
         if (caution := MEASURES[measure].caution(summary.result)) is not None:
             yield caution
     yield from _carried_by_few(model)
+
+
+def _unconverged(measure: str, summary: Summary[Any]) -> Iterator[str]:
+    """How many samples did not converge; where they have a value, what it is and what helps."""
+    missed = ~summary.result.converged
+    told = MEASURES[measure].unconverged
+    count = f"of {len(summary)} samples of {measure} did not converge"
+    if told is not None:
+        field, meaning = told
+        values = summary.result.samples()[field].reshape(len(summary), -1)
+        bounds = missed & values.isfinite().all(1)
+        if bounds.any():
+            yield f"{int(bounds.sum())} {count}: {meaning}"
+        missed = missed & ~bounds
+    if missed.any():
+        yield f"{int(missed.sum())} {count}{': they are not finite' if told else ''}"
 
 
 def _without_value(model: ModelMeasurements, measure: str, summary: Summary[Any]) -> Iterator[str]:

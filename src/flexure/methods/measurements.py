@@ -66,6 +66,7 @@ def measure_model(
     rate_samples: int | None = RATE_SAMPLES,
     noise_samples: int | None = NOISE_SAMPLES,
     tol: float = 1e-2,
+    max_products: int = 20,
     radii: Sequence[float] | None = None,
     directions: int = 16,
     orders: Sequence[int] = (1, 2, 3, 4),
@@ -100,7 +101,9 @@ def measure_model(
         curvature_samples: samples for the Hessian norm, the first ones; None: all.
         rate_samples: samples for the curvature rate, the first ones.
         noise_samples: samples for the gradient's change under noise, the first ones.
-        tol: relative residual at which a Hessian norm counts as converged.
+        tol: relative residual at which a Hessian norm counts as converged; smaller is stricter.
+        max_products: Hessian-vector products that a sample may take for a Hessian norm; what has
+            not converged by then is a lower bound, and the notes count it.
         radii: of the noise; default: the measure's own.
         directions: of the curvature rate, a sample.
         orders: of the derivatives that the curvature rate is fitted to.
@@ -127,6 +130,7 @@ def measure_model(
     }
     settings = Settings(
         tol=tol,
+        max_products=max_products,
         radii=None if radii is None else tuple(radii),
         directions=directions,
         orders=tuple(orders),
@@ -223,7 +227,7 @@ class _Bench:
             seconds[measure] = time.perf_counter() - start
         if len(refusals) == len(asked):
             reason = next(iter(refusals.values()))
-            raise FlexureError(f"expected a model with one of {', '.join(asked)}: {reason}")
+            raise FlexureError(f"{name} has no {' and no '.join(asked)}: {reason}")
         seed = self._settings.seed
         estimates = tuple(
             estimate
@@ -282,7 +286,9 @@ def _asked(measures: Sequence[str] | None) -> tuple[str, ...]:
     known = (*MEASURES, BOUND)
     given = known if measures is None else tuple(measures)
     if isinstance(measures, str) or not given or not set(given) <= set(known):
-        raise FlexureError(f"expected measures among {', '.join(known)}, got {measures!r}")
+        raise FlexureError(
+            f"expected measures (--measures) among {', '.join(known)}, got {measures!r}"
+        )
     return tuple(name for name in known if name in given)
 
 

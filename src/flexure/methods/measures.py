@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from flexure.contracts import FlexureError, Measure
 from flexure.measure.calibration import Calibration, calibration
 from flexure.measure.curvature import Curvature, curvature
 from flexure.measure.rate import CurvatureRate, curvature_rate
-from flexure.measure.robustness_of_gradients import GradientChange, gradient_change
+from flexure.measure.robustness_of_gradients import RADII, GradientChange, gradient_change
 from flexure.methods.paired import MEAN, MEDIAN, PLUG_IN, POOLED, SHARE, Quantity
 from flexure.per_sample import PerSample
 
@@ -39,6 +41,7 @@ class Settings:
 
     Attributes:
         tol: relative residual at which the Hessian norm of a sample counts as converged.
+        max_products: Hessian-vector products that a sample may take for it.
         radii: l2 norms of the noise, in units of the input; None: the measure's own.
         directions: of the curvature rate, for each sample.
         orders: of the derivatives that the curvature rate is fitted to.
@@ -49,6 +52,7 @@ class Settings:
     """
 
     tol: float
+    max_products: int
     radii: tuple[float, ...] | None
     directions: int
     orders: tuple[int, ...]
@@ -67,16 +71,23 @@ class MeasureRow:
         result: what it returns.
         quantities: what is told of its results, and compared between two models.
         caution: what a reader must know of a result besides, or None.
+        unconverged: a field, and what its finite values are, and what helps, at samples that have
+            not converged; None: nothing can be said.
     """
 
     bind: Callable[[nn.Module, Settings], Measure]
     result: type[PerSample]
     quantities: tuple[Quantity, ...]
     caution: Callable[[Any], str | None] = lambda result: None
+    unconverged: tuple[str, str] | None = None
 
 
 def _curvature(model: nn.Module, settings: Settings) -> Measure:
-    return partial(curvature, model, tol=settings.tol, memory=settings.memory)
+    return partial(curvature, model, **_of_hessians(settings))
+
+
+def _of_hessians(settings: Settings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in ("tol", "max_products", "memory")}
 
 
 def _rate(model: nn.Module, settings: Settings) -> Any:
@@ -90,8 +101,20 @@ def _rate(model: nn.Module, settings: Settings) -> Any:
 
 
 def _gradient_change(model: nn.Module, settings: Settings) -> Measure:
-    given: dict[str, Any] = {} if settings.radii is None else {"radii": settings.radii}
-    return partial(gradient_change, model, tol=settings.tol, memory=settings.memory, **given)
+    given: dict[str, Any] = {} if settings.radii is None else {"radii": _radii(settings.radii)}
+    return partial(gradient_change, model, **_of_hessians(settings), **given)
+
+
+def _radii(radii: tuple[float, ...]) -> tuple[float, ...]:
+    """Refuses radii in words of few digits; what is no number, the measure itself refuses."""
+    numbers = all(isinstance(radius, Real) for radius in radii)
+    if numbers and not all(inner < outer for inner, outer in pairwise((0.0, *radii))):
+        got, example = (", ".join(f"{radius:.3g}" for radius in some) for some in (radii, RADII))
+        raise FlexureError(
+            f"expected radii (--radii) that increase from above 0, got {got}; give for example "
+            f"{example}"
+        )
+    return radii
 
 
 def _calibration(model: nn.Module, settings: Settings) -> Measure:
@@ -138,6 +161,8 @@ _OF_NORMS = (MEDIAN, MEAN)  # norms span decades: a mean of them is that of few 
 
 _RELATIVE = ("zero_gradient", "the gradient is exactly zero, and they are relative to it")
 
+_RAISE = "raise max_products (--max-products) or tol"
+
 _NOISE = ("radii", ", noise of {at} input units", _RELATIVE)
 
 MEASURES: dict[str, MeasureRow] = {
@@ -151,6 +176,7 @@ MEASURES: dict[str, MeasureRow] = {
             Quantity("hessian_norm", "Hessian norm (nats / input unit²)", _OF_NORMS),
             Quantity("gradient_norm", "gradient norm (nats / input unit)", _OF_NORMS),
         ),
+        unconverged=("hessian_norm", f"their Hessian norms are lower bounds; {_RAISE}"),
     ),
     "rate": MeasureRow(
         _rate,
@@ -165,6 +191,10 @@ MEASURES: dict[str, MeasureRow] = {
             Quantity("change", "relative gradient change", (MEAN,), *_NOISE),
             Quantity("estimated_bound", "its estimated bound", (MEDIAN,), *_NOISE),
             Quantity("violations", "share of samples above that bound", (SHARE,), *_NOISE),
+        ),
+        unconverged=(
+            "estimated_bound",
+            f"their estimated bounds rest on lower bounds of Hessian norms; {_RAISE}",
         ),
     ),
     "calibration": MeasureRow(
