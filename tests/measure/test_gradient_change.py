@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 import flexure
-from flexure.contracts import FlexureError
+from flexure.contracts import BudgetError, FlexureError
 from flexure.measure.over import over
 from flexure.measure.robustness_of_gradients import RADII, gradient_change
 from flexure.memory import peak_bytes
@@ -283,6 +283,25 @@ def test_a_budget_is_kept_to():
     free, kept = measure(), measure(memory=whole // 4)
     torch.testing.assert_close(kept.change, free.change, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(kept.estimated_bound, free.estimated_bound, rtol=0.02, atol=1e-6)
+
+
+def test_the_budget_that_an_error_names_works():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(50, 80), nn.Softplus(), nn.Linear(80, 3))
+    x, budgets, errors = torch.randn(6, 50), [1000], []
+    while len(errors) < 3:  # the gradients, the check of derivatives and C may each ask for more
+        try:
+            found = gradient_change(model, x, memory=budgets[-1])
+            break
+        except BudgetError as error:
+            errors.append(str(error))
+            budgets.append(error.needed)
+    assert len(errors) in (1, 2)
+    assert budgets == sorted(set(budgets))
+    for error, given, named in zip(errors, budgets[:-1], budgets[1:], strict=True):
+        assert f"at least {named:,} bytes" in error
+        assert f"got {given:,};" in error
+    assert found.converged.all()
 
 
 def test_not_converged_is_said():

@@ -10,6 +10,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from flexure.batched import norms, scaled
 from flexure.calling import map_tensors, take
-from flexure.contracts import FlexureError
+from flexure.contracts import BudgetError, FlexureError
 from flexure.measure.chunks import chunk_within
 from flexure.measure.curvature import Curvature, curvature
 from flexure.measure.fields import Field, measuring, point_of, scalar_field
@@ -145,14 +146,9 @@ def gradient_change(
         noise = _directions(point, directions, drawn_by)
         of_curvature = {"tol": tol, "max_products": max_products, "generator": drawn_by}
         run = _Run(model, x, y, field, noise, radii, points, of_curvature)
-        if chunk is None:
-            chunk = len(point) if memory is None else run.chunk(memory)
-        return GradientChange.joined(
-            [
-                run.measured(rows, check=check and rows.start == 0, memory=memory)
-                for rows in pieces(len(point), chunk)
-            ]
-        )
+        if chunk is not None or memory is None:
+            return run.all(chunk or len(point), memory, check)
+        return run.fitting(memory, check)
 
 
 @dataclass(frozen=True)
@@ -179,6 +175,26 @@ class _Run:
     points: int
     of_curvature: dict[str, Any]
 
+    def all(self, chunk: int, memory: int | None, check: bool) -> GradientChange:
+        """The gradient change of all samples, so many at a time."""
+        parts = [
+            self.measured(rows, check=check and rows.start == 0, memory=memory)
+            for rows in pieces(self.noise.shape[1], chunk)
+        ]
+        return GradientChange.joined(parts)
+
+    def fitting(self, memory: int, check: bool) -> GradientChange:
+        """The same, as many at a time as fit."""
+        chunk = self.chunk(memory)
+        while True:
+            try:
+                return self.all(chunk, memory, check)
+            except BudgetError:
+                if chunk == 1:
+                    raise
+            # What the samples of a chunk hold leaves C too little, which one sample may not.
+            chunk //= 2
+
     def chunk(self, memory: int) -> int:
         """How many samples fit a budget."""
         without_bounds = replace(self, points=0)
@@ -200,13 +216,15 @@ class _Run:
         field = scalar_field(self.model, x, y, field=self.given)
         label = y if field.target is None else field.target
         point, settings = point_of(x), dict(self.of_curvature)
-        if memory is not None:
-            settings["memory"] = max(1, memory - self.noise.nbytes - 2 * point.nbytes)
+        held = self.noise.nbytes + 2 * point.nbytes
 
         def curvature_at(at: Tensor) -> Curvature:
             moved = map_tensors(x, lambda leaf: at if leaf is point else leaf)
             checked = check and at is point
-            return curvature(self.model, moved, label, field=self.given, check=checked, **settings)
+            measure = partial(
+                curvature, self.model, moved, label, field=self.given, check=checked, **settings
+            )
+            return measure() if memory is None else _within(measure, memory, held)
 
         changes, zero = _changes(field, noise, self.radii)
         bounds, normalized, converged = _bounds(curvature_at, point, noise, self.radii, self.points)
@@ -228,6 +246,20 @@ class _Run:
             points=self.points,
             tol=settings["tol"],
         )
+
+
+def _within(measure: Callable[..., Curvature], memory: int, held: int) -> Curvature:
+    """C in what a budget leaves; errors name the whole budget."""
+    try:
+        return measure(memory=max(1, memory - held))
+    except BudgetError as error:
+        needed = error.needed + held
+        raise BudgetError(
+            f"expected a memory budget of at least {needed:,} bytes, of which {error.needed:,} for "
+            f"a measurement of C and {held:,} for noise and samples beside it, got {memory:,}; "
+            f"raise it, or give fewer samples or directions at once, or points=0",
+            needed,
+        ) from error
 
 
 def _changes(field: Field, noise: Tensor, radii: Sequence[float]) -> tuple[Tensor, Tensor]:
