@@ -149,8 +149,8 @@ def measure(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="What the Hessian norm and the noise may use at once, such as 2GiB; default: no "
-            "limit."
+            help="What the Hessian norm may use at once, such as 2GiB, and what the noise aims at; "
+            "default: no limit."
         ),
     ] = None,
     device: Device = "cpu",

@@ -123,8 +123,9 @@ def gradient_change(
         chunk: samples at a time; None: all, or as many as fit `memory`. Noise does not depend on
             it; C changes within `tol`, since its start vectors are drawn chunk by chunk.
         generator: of the CPU; None: always the same noise.
-        memory: bytes that may be held beyond the model and x, the noise of all samples included;
-            the chunk is chosen to fit, and the measurements of C choose their own.
+        memory: bytes to aim at beyond the model and x, the noise of all samples included: the chunk
+            is chosen for it, and the measurements of C choose their own. Not a limit: results and
+            copies of buffers are not counted, and small samples can exceed it somewhat.
         check: whether to check derivatives at x first, see `flexure.curvature`; not done without
             points.
 
