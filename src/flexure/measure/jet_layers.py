@@ -197,11 +197,7 @@ def _logsumexp(x: Any, dim: Any, keepdim: bool = False) -> Any:
     value = torch.logsumexp(x.primal, dims, keepdim=True)
     p0 = torch.exp(x.primal - value)
     y = carry(x, (value, *_relative_log_sum(x, dims, p0)[1:]))
-    return y if keepdim else _squeezed(y, dims)
-
-
-def _squeezed(y: Any, dims: tuple[int, ...]) -> Any:
-    return y.squeeze(dims)
+    return y if keepdim else y.squeeze(dims)
 
 
 def _attention(

@@ -186,8 +186,8 @@ def rate_sections(found: Measurements) -> list[Section]:
             missing.append(f"{model.name}, {_without_rate(result)}")
             continue
         orders = [float(n) for n in result.orders]
-        middle = sum(logs) / len(logs) - result.rate * sum(orders) / len(orders)
-        lines.append(Fit(model.name, orders, logs, result.rate, middle))
+        start = float(result.fitted[0]) - result.rate * orders[0]
+        lines.append(Fit(model.name, orders, logs, result.rate, start))
     picture = [
         fits(
             lines,
