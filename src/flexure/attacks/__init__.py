@@ -1,0 +1,1 @@
+"""Attacks on inputs, and models whose inputs are pixels within bounds."""
