@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexure.methods.columns import aligned
 from flexure.methods.crossed import CrossedMean, crossed_difference, crossed_share
 from flexure.record import to_json
 from flexure.units.parameterization import saturated_share
@@ -240,7 +241,7 @@ class TuneResult:
         return {**own, "notes": list(self.notes)}
 
     def __str__(self) -> str:
-        lines = _aligned(self.rows())
+        lines = aligned(self.rows())
         covers = next((a.accuracy.covers for a in self.arms if a.accuracy), None)
         if covers is not None:
             lines.append(f"95 % intervals over {covers}; differences are paired.")
@@ -322,13 +323,3 @@ def _row(arm: ArmResult) -> dict[str, str]:
         "step MiB": "–" if size is None else f"{size / _MIB:.1f}",
         "saturated": "–" if arm.saturated is None else f"{100 * arm.saturated:.1f} %",
     }
-
-
-def _aligned(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """Columns as wide as their widest cell."""
-    table = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(len(line[k]) for line in table) for k in range(len(table[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in table
-    ]
