@@ -1,6 +1,9 @@
-"""CIFAR ResNets (He et al. 2015, arXiv:1512.03385, section 4.2) with shortcut option A.
+"""ResNets for small images: of He et al. 2015 (arXiv:1512.03385), section 4.2, and wide ones.
 
-One activation module per call, so that each can be replaced. Weights are loaded by `sources`.
+`CifarResNet` is the paper's, with shortcut option A; `resnet18` and `resnet34` have the widths and
+depths that the paper uses for ImageNet, with a stem for small images and option B, as plain
+networks and as low-curvature networks. One activation module per call, so that each can be
+replaced. Weights are loaded by `sources`.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexure.contracts import FlexureError
+from flexure.models.builder import Builder, builder, check_network
 
-__all__ = ["DEPTHS", "CifarResNet"]
+__all__ = ["DEPTHS", "CifarResNet", "WideResNet", "resnet18", "resnet34"]
 
 DEPTHS: Mapping[str, int] = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
 """The depths of the paper, by the names that addresses use."""
@@ -54,16 +58,15 @@ class CifarResNet(nn.Module):
                 f"expected a depth of 6n + 2 (20, 32, 44, ...) and at least 1 class, got depth "
                 f"{depth} and {num_classes} classes; choose another"
             )
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        build = Builder(activation)
+        self.conv1 = build.conv(3, 16, 3, 32, bias=False)
+        self.bn1 = build.norm(16)
         self.act1 = activation()
-        self.layer1 = _stage(16, 16, blocks, activation)
-        self.layer2 = _stage(16, 32, blocks, activation)
-        self.layer3 = _stage(32, 64, blocks, activation)
+        self.layer1 = _stage(build, 16, 16, blocks, 32, _pad)
+        self.layer2 = _stage(build, 16, 32, blocks, 32, _pad)
+        self.layer3 = _stage(build, 32, 64, blocks, 16, _pad)
         self.linear = nn.Linear(64, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight)
+        build.finish(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, 3, H, W)` normalised images -> `(B, num_classes)` logits."""
@@ -73,39 +76,168 @@ class CifarResNet(nn.Module):
         return logits
 
 
-class _Block(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut without parameters (option A)."""
+class WideResNet(nn.Module):
+    """Four stages of w, 2w, 4w and 8w channels behind a stem of 3 x 3 without pooling.
+
+    The form in which ResNet-18 and ResNet-34 are used on images of 32 x 32 pixels. Shortcuts are
+    option B: 1 x 1 convolutions and a normalisation where shapes change.
+
+    Attributes:
+        linear: the classification layer.
+    """
 
     def __init__(
-        self, channels_in: int, channels_out: int, activation: Callable[[], nn.Module]
+        self, build: Builder, blocks: tuple[int, ...], *, num_classes: int, width: int, size: int
     ) -> None:
+        """Made by `resnet18` and `resnet34`; Kaiming normal weights.
+
+        Args:
+            build: makes the layers.
+            blocks: how many blocks each stage has.
+            num_classes: outputs of `linear`.
+            width: channels of the first stage.
+            size: height and width of the images.
+        """
         super().__init__()
-        self.widen = channels_out - channels_in
-        stride = 2 if self.widen else 1
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels_out)
-        self.act1 = activation()
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels_out)
-        self.act2 = activation()
+        check_network(num_classes, width, size, least=1)
+        self.conv1 = build.conv(3, width, 3, size, bias=False)
+        self.bn1 = build.norm(width)
+        self.act1 = build.activation()
+        inside, stages = width, []
+        for index, count in enumerate(blocks):
+            outside = width * 2**index
+            stages.append(_stage(build, inside, outside, count, size, _project))
+            inside, size = outside, _halved(size) if index else size
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.linear = nn.Linear(inside, num_classes)
+        build.finish(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, 3, size, size)` normalised images -> `(B, num_classes)` logits."""
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
+        return logits
+
+
+def resnet18(
+    num_classes: int = 10,
+    *,
+    lcnn: bool = False,
+    width: int = 64,
+    input_size: int = 32,
+    residual: str = "mean",
+    activation: Callable[[], nn.Module] | None = None,
+    beta: float = 5.0,
+    gamma: float = 10.0,
+) -> WideResNet:
+    """ResNet-18 for small images, plain or as a low-curvature network ([LCNN] section 5).
+
+    The LCNN has spectrally normalised convolutions and linear layers, gamma-Lipschitz BatchNorms,
+    a centered softplus with its own learnable beta at every call, and residual sums that are
+    multiplied by a factor, so that a block's Lipschitz constant is stated.
+
+    Example:
+        >>> import torch
+        >>> resnet18(width=4)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+
+    Args:
+        num_classes: outputs of `linear`.
+        lcnn: whether to build the LCNN rather than its plain twin.
+        width: channels of the first stage; 64 is ResNet-18's.
+        input_size: height and width of the images, in pixels: a convolution's norm depends on it.
+        residual: the LCNN's residual sums: `"mean"`, (a + b)/2; `"sqrt2"`, (a + b)/sqrt(2); or
+            `"sum"`, a + b.
+        activation: makes one activation module, called once for each activation call; None: ReLU,
+            or the LCNN's centered softplus.
+        beta: of the LCNN's centered softplus at the start (5 in the paper).
+        gamma: of the LCNN's BatchNorms at the start (10 in the paper).
+
+    Raises:
+        FlexureError: a number below its least value, or an unknown `residual`.
+    """
+    build = builder(lcnn, activation, residual=residual, beta=beta, gamma=gamma)
+    return WideResNet(build, (2, 2, 2, 2), num_classes=num_classes, width=width, size=input_size)
+
+
+def resnet34(
+    num_classes: int = 10,
+    *,
+    lcnn: bool = False,
+    width: int = 64,
+    input_size: int = 32,
+    residual: str = "mean",
+    activation: Callable[[], nn.Module] | None = None,
+    beta: float = 5.0,
+    gamma: float = 10.0,
+) -> WideResNet:
+    """ResNet-34 for small images, plain or as a low-curvature network; arguments as `resnet18`'s.
+
+    Raises:
+        FlexureError: a number below its least value, or an unknown `residual`.
+    """
+    build = builder(lcnn, activation, residual=residual, beta=beta, gamma=gamma)
+    return WideResNet(build, (3, 4, 6, 3), num_classes=num_classes, width=width, size=input_size)
+
+
+class _Block(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut."""
+
+    def __init__(self, build: Builder, inside: int, outside: int, size: int, widen: _Widen) -> None:
+        super().__init__()
+        wider = outside != inside
+        stride = 2 if wider else 1
+        self.conv1 = build.conv(inside, outside, 3, size, stride=stride, bias=False)
+        self.bn1 = build.norm(outside)
+        self.act1 = build.activation()
+        after = _halved(size) if wider else size
+        self.conv2 = build.conv(outside, outside, 3, after, bias=False)
+        self.bn2 = build.norm(outside)
+        self.act2 = build.activation()
+        self.shortcut = widen(build, inside, outside, size) if wider else nn.Identity()
+        self.add = build.add()
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
-        result: Tensor = self.act2(out + self._shortcut(x))
+        result: Tensor = self.act2(self.add(out, self.shortcut(x)))
         return result
 
-    def _shortcut(self, x: Tensor) -> Tensor:
-        """Identity, or every second pixel with the new channels zero, half on either side."""
-        if not self.widen:
-            return x
-        before = self.widen // 2
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, before, self.widen - before))
+
+_Widen = Callable[[Builder, int, int, int], nn.Module]
+"""From a builder, channels in and out, and the input's size to a block's shortcut."""
+
+
+class _Padding(nn.Module):
+    """Every second pixel, with the new channels zero, half on either side (option A)."""
+
+    def __init__(self, new: int) -> None:
+        super().__init__()
+        self.new = new
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.new // 2
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, before, self.new - before))
+
+
+def _pad(build: Builder, inside: int, outside: int, size: int) -> nn.Module:
+    return _Padding(outside - inside)
+
+
+def _project(build: Builder, inside: int, outside: int, size: int) -> nn.Module:
+    conv = build.conv(inside, outside, 1, size, stride=2, bias=False)
+    return nn.Sequential(conv, build.norm(outside))
 
 
 def _stage(
-    channels_in: int, channels_out: int, blocks: int, activation: Callable[[], nn.Module]
+    build: Builder, inside: int, outside: int, blocks: int, size: int, widen: _Widen
 ) -> nn.Sequential:
-    first = _Block(channels_in, channels_out, activation)
-    return nn.Sequential(
-        first, *(_Block(channels_out, channels_out, activation) for _ in range(blocks - 1))
-    )
+    """Blocks of which the first halves the size if the channels change."""
+    first = _Block(build, inside, outside, size, widen)
+    size = size if inside == outside else _halved(size)
+    rest = (_Block(build, outside, outside, size, widen) for _ in range(blocks - 1))
+    return nn.Sequential(first, *rest)
+
+
+def _halved(size: int) -> int:
+    return (size + 1) // 2

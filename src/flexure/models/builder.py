@@ -1,0 +1,196 @@
+"""What our convolutional networks are built of: plain layers, or those of low-curvature networks.
+
+A network asks its builder for every layer, and says where they go; `resnet` and `vgg` hold the
+networks.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+from flexure.contracts import FlexureError
+
+__all__ = [
+    "RESIDUAL_FACTORS",
+    "Builder",
+    "FlatBuilder",
+    "builder",
+    "check_constants",
+    "check_network",
+]
+
+RESIDUAL_FACTORS: Mapping[str, float] = {"sum": 1.0, "mean": 0.5, "sqrt2": 1 / math.sqrt(2)}
+"""What a residual sum of an LCNN is multiplied by.
+
+Of two branches with Lipschitz constants L and M, the sum's is at most `factor * (L + M)`: with
+`mean` it is 1 where both are 1, with `sqrt2` it is the square root of 2, with `sum` it is 2.
+"""
+
+
+class Builder:
+    """Plain layers: convolution, BatchNorm, an activation, a + b, max-pooling."""
+
+    def __init__(self, activation: Callable[[], nn.Module]) -> None:
+        """Args:
+        activation: makes one activation module; called once for each activation call.
+        """
+        self.activation = activation
+        self.sizes: dict[nn.Module, int] = {}
+
+    def conv(
+        self, inside: int, outside: int, kernel: int, size: int, *, stride: int = 1, bias: bool
+    ) -> nn.Conv2d:
+        """A convolution, padded to keep the size at stride 1.
+
+        Args:
+            inside: channels of the input.
+            outside: channels of the output.
+            kernel: height and width of the kernel, odd.
+            size: height and width of the input.
+            stride: of the kernel.
+            bias: whether there is one.
+        """
+        conv = nn.Conv2d(inside, outside, kernel, stride, padding=kernel // 2, bias=bias)
+        self.sizes[conv] = size
+        return conv
+
+    def norm(self, channels: int) -> nn.Module:
+        """Normalisation after a convolution."""
+        return nn.BatchNorm2d(channels)
+
+    def add(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """What joins the two branches of a residual block."""
+        return operator.add
+
+    def pool(self) -> nn.Module:
+        """Pooling of 2 x 2 pixels."""
+        return nn.MaxPool2d(2)
+
+    def finish(self, model: nn.Module) -> None:
+        """Kaiming normal weights for every convolution and linear layer (He et al. 2015)."""
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+
+class FlatBuilder(Builder):
+    """Layers of low-curvature networks ([LCNN] section 3), every linear one of norm 1.
+
+    Pooling is by average: max-pooling has kinks, where no bound on curvature holds.
+    """
+
+    def __init__(
+        self,
+        activation: Callable[[], nn.Module] | None,
+        *,
+        beta: float,
+        gamma: float,
+        factor: float,
+    ) -> None:
+        """Args:
+        activation: as of `Builder`; None: centered softplus with a learnable `beta`.
+        beta: its value at the start.
+        gamma: the BatchNorms' Lipschitz constant at the start.
+        factor: what residual sums are multiplied by.
+        """
+        from flexure.units import CenteredSoftplus
+
+        super().__init__(activation or (lambda: CenteredSoftplus(beta)))
+        self.gamma = gamma
+        self.factor = factor
+
+    def norm(self, channels: int) -> nn.Module:
+        """BatchNorm whose Lipschitz constant is at most gamma."""
+        from flexure.layers import LipschitzBatchNorm
+
+        return LipschitzBatchNorm(channels, gamma=self.gamma)
+
+    def add(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """`factor * (a + b)`."""
+        from flexure.layers import ResidualSum
+
+        return ResidualSum(self.factor)
+
+    def pool(self) -> nn.Module:
+        """Average pooling of 2 x 2 pixels."""
+        return nn.AvgPool2d(2)
+
+    def finish(self, model: nn.Module) -> None:
+        """Initialises, then normalises every convolution and linear layer."""
+        from flexure.layers import spectral_norm
+
+        super().finish(model)
+        layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        for layer in layers:
+            size = self.sizes.get(layer)
+            spectral_norm(layer, input_size=None if size is None else (size, size))
+
+
+def builder(
+    lcnn: bool,
+    activation: Callable[[], nn.Module] | None,
+    *,
+    residual: str = "mean",
+    beta: float,
+    gamma: float,
+) -> Builder:
+    """The builder of a plain network, or of an LCNN.
+
+    Args:
+        lcnn: which of the two.
+        activation: makes one activation module; None: ReLU, or an LCNN's centered softplus.
+        residual: a key of `RESIDUAL_FACTORS`; an LCNN's.
+        beta: of the centered softplus at the start.
+        gamma: of the BatchNorms at the start.
+
+    Raises:
+        FlexureError: an unknown `residual`, beta <= 0, gamma < 1, or one of them not finite.
+    """
+    if residual not in RESIDUAL_FACTORS:
+        raise FlexureError(
+            f"expected residual to be one of {', '.join(map(repr, RESIDUAL_FACTORS))}, got "
+            f"{residual!r}; choose one of them"
+        )
+    if not lcnn:
+        return Builder(activation or nn.ReLU)
+    check_constants(beta, gamma)
+    return FlatBuilder(activation, beta=beta, gamma=gamma, factor=RESIDUAL_FACTORS[residual])
+
+
+def check_constants(beta: float, gamma: float) -> None:
+    """Makes sure that beta and gamma can start an LCNN.
+
+    Raises:
+        FlexureError: beta <= 0, gamma < 1, or one of them not finite.
+    """
+    if not 0 < beta < math.inf:
+        raise FlexureError(
+            f"expected beta to be positive and finite, got {beta}; the paper starts at 5"
+        )
+    if not 1 <= gamma < math.inf:
+        raise FlexureError(
+            f"expected gamma to be finite and at least 1, got {gamma}; the paper starts at 10"
+        )
+
+
+def check_network(num_classes: int, width: int, input_size: int, least: int) -> None:
+    """Makes sure that a network of these sizes exists.
+
+    Args:
+        num_classes: outputs.
+        width: channels of the first layer.
+        input_size: height and width of the images.
+        least: the smallest of these that the network takes.
+
+    Raises:
+        FlexureError: one of them is too small.
+    """
+    if num_classes < 1 or width < 1 or input_size < least:
+        raise FlexureError(
+            f"expected at least 1 class, 1 channel and {least} x {least} pixels, got "
+            f"num_classes={num_classes}, width={width} and input_size={input_size}; choose larger"
+        )
