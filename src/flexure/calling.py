@@ -104,12 +104,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def unwritten(model: nn.Module) -> Iterator[None]:
+def unwritten(model: nn.Module, *, differentiated: bool = False) -> Iterator[None]:
     """Puts back, bit for bit, what a call of the model writes into the model.
 
     Covers buffers, the weights that torch's own layers overwrite (`rewritten_weights`), and
     whatever a module binds to its attributes (counters, caches). Another parameter that the call
     overwrites, and a list or dict that it changes in place, are not covered.
+
+    Args:
+        model: any.
+        differentiated: whether graphs made here, or before, are used afterwards. The model then
+            has copies of its buffers inside: autograd refuses a graph of which a buffer has been
+            overwritten, be it by the same values.
     """
     modules = [
         (module, _attributes(module), dict(module._buffers))
@@ -122,7 +128,14 @@ def unwritten(model: nn.Module) -> Iterator[None]:
         for tensor in overwritten
         if not tensor.is_meta
     }
+    copies: dict[int, Tensor] = {}
     try:
+        if differentiated:
+            for module, _, buffers in modules:
+                for key, buffer in buffers.items():
+                    if buffer is not None:
+                        copy = copies.setdefault(id(buffer), buffer.detach().clone())
+                        module._buffers[key] = copy
         yield
     finally:
         for module, attributes, buffers in modules:

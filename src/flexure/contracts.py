@@ -196,6 +196,30 @@ class Step(Protocol):
         """`model(x)`, computed once for the loss and every penalty, with its graph."""
         ...
 
+    def input_gradient(self, x: Tensor | None = None) -> Tensor:
+        """Row i: the gradient of sample i's loss in its input, with its graph.
+
+        That is B times the gradient of the loss of `fit`, a mean over B samples. Where `y` is
+        `(B,)` integers, samples labelled -100, which do not count in the mean, have rows of 0, and
+        the others are scaled by the number of those that count. A layer that couples samples
+        (BatchNorm in train mode) is differentiated as it is: row i is then the gradient of the
+        sum of all samples' losses in input i.
+
+        Args:
+            x: (B, *shape), what stands in the place of the one floating-point tensor in `step.x`:
+                costs a forward pass, the same function as the first one (what the layers draw is
+                the same), of which nothing stays in the model. None: at `step.x`, from
+                `step.output`; computed once for all penalties.
+
+        Returns:
+            (B, *shape).
+
+        Raises:
+            FlexureError: no penalty of this training says `needs_input_gradient`; `step.x` does
+                not have exactly one floating-point tensor, or the loss does not depend on it.
+        """
+        ...
+
     def global_mean(self, values: Tensor) -> Tensor:
         """Mean of (B, ...) values over dimension 0 and over all processes' samples.
 
@@ -210,7 +234,11 @@ class Step(Protocol):
 
 
 class Penalty(Protocol):
-    """Something that training keeps small besides the loss."""
+    """Something that training keeps small besides the loss.
+
+    One that calls `step.input_gradient` says so by a class attribute `needs_input_gradient = True`:
+    the input must ask for a gradient before the loop calls the network.
+    """
 
     def __call__(self, step: Step) -> Tensor:
         """The unweighted penalty, a scalar that does not grow with the batch."""
@@ -233,7 +261,9 @@ class UpdateRule(Protocol):
 
         Args:
             backward: at the current weights, replaces every `.grad` by the gradient of the
-                objective over the global batch, clipped, and returns the objective.
+                objective over the global batch, clipped, and returns the objective. Running
+                statistics (BatchNorm) are those of its first call: further ones are made at
+                weights that no one keeps.
             optimizer: to be stepped.
 
         Returns:

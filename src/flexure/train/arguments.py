@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from flexure.calling import logits_of
 from flexure.contracts import FlexureError, Penalty
 from flexure.train.checkpoint import Checkpoint
+from flexure.train.step import IGNORED
 from flexure.train.validation import check_labels
 
 __all__ = [
+    "asking_input_gradient",
     "check_optimizer",
     "check_settings",
     "compute_in",
@@ -138,6 +140,42 @@ def named(penalties: Mapping[Penalty, float]) -> dict[str, tuple[Penalty, float]
     return found
 
 
+def asking_input_gradient(
+    model: nn.Module, penalties: Mapping[str, tuple[Penalty, float]]
+) -> list[str]:
+    """The names of the penalties that differentiate the loss in the inputs.
+
+    Raises:
+        FlexureError: there are some, and a part of the model is compiled or scripted: what is
+            compiled cannot be differentiated twice.
+    """
+    names = [
+        name
+        for name, (penalty, _) in penalties.items()
+        if getattr(penalty, "needs_input_gradient", False)
+    ]
+    for path, module in model.named_modules():
+        if names and (how := _compiled(module)):
+            raise FlexureError(
+                f"expected a network that can be differentiated twice, as {', '.join(names)} needs "
+                f"it, got {path or 'one'} that is {how}; train the network before that, or pass "
+                f"the one without"
+            )
+    return names
+
+
+def _compiled(module: nn.Module) -> str | None:
+    """By what a module is compiled; None: it runs as Python."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "made by torch.jit"
+    by_dynamo = (
+        "_orig_mod" in module._modules  # what torch.compile returns
+        or getattr(module, "_compiled_call_impl", None) is not None  # Module.compile
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )
+    return "compiled by torch.compile" if by_dynamo else None
+
+
 def device_of(model: nn.Module) -> torch.device | None:
     """The device of all parameters; None where there are several."""
     devices = {parameter.device for parameter in model.parameters()}
@@ -166,13 +204,9 @@ def cross_entropy(output: Any, y: Tensor) -> Tensor:
         DataError: labels that are not classes of the logits.
     """
     logits = logits_of(output)
-    if logits.ndim > 1 and not y.is_floating_point() and bool((counted := y != _IGNORED).any()):
+    if logits.ndim > 1 and not y.is_floating_point() and bool((counted := y != IGNORED).any()):
         check_labels(logits, y[counted], "a training batch")
     return nn.functional.cross_entropy(logits, y)
-
-
-_IGNORED = -100
-"""The label that torch's cross-entropy leaves out by default."""
 
 
 def _is_integer(value: Any) -> bool:

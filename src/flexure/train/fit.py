@@ -31,6 +31,7 @@ from flexure.contracts import (
 from flexure.processes import current_processes
 from flexure.progress import Progress, ProgressReporter
 from flexure.train.arguments import (
+    asking_input_gradient,
     check_optimizer,
     check_settings,
     compute_in,
@@ -45,8 +46,8 @@ from flexure.train.feed import Feed
 from flexure.train.history import History, Record
 from flexure.train.randomness import reproducible, update_randomness
 from flexure.train.resume import Saver, Weights, settings_of
-from flexure.train.step import Run, TrainingStep, shares
-from flexure.train.update import Loss, Objective, Updater
+from flexure.train.step import Loss, Run, TrainingStep, shares
+from flexure.train.update import Objective, Updater
 from flexure.train.validation import validate
 from flexure.units.trainable import learned_saturation
 
@@ -106,7 +107,9 @@ def fit(
             the default loss they must be; with a loss of one's own other targets have no accuracy.
         loss: the mean loss over a batch; default: cross-entropy of the logits, `y` a `(B,)` int64
             tensor.
-        penalties: penalty -> its weight.
+        penalties: penalty -> its weight. Those with `needs_input_gradient` share one gradient of
+            the loss in the inputs, of the step's one forward pass; no part of the model may be
+            compiled then.
         perturb: changes the inputs of each batch, once an update, before the loss and the
             penalties see them.
         update: default: one gradient, one step of the optimiser.
@@ -126,7 +129,8 @@ def fit(
             that is not the penalty of all their samples; use larger batches there.
         clip: largest norm of the gradient of all trained parameters together; default: any.
         precision: `"bf16"`: `step.output` and accuracy are computed under bfloat16 autocast, the
-            loss in float32; a penalty's or perturbation's own calls of the model are not.
+            loss in float32, and input gradients (`step.input_gradient`) are those of that output;
+            a penalty's or perturbation's own calls of the model are not.
         progress: True: a bar on stderr, of the first process.
 
     Raises:
@@ -144,11 +148,19 @@ def fit(
     autocast = compute_in(model, precision)
     processes = current_processes()
     with processes.together():
-        run = Run(model, epochs, seed, processes, device_of(model), autocast)
+        run = Run(
+            model,
+            epochs,
+            seed,
+            processes,
+            device_of(model),
+            autocast,
+            loss or cross_entropy,
+            bool(asking_input_gradient(model, weighted)),
+        )
         optimizer = optimizer if optimizer is not None else default_optimizer(model)
         check_optimizer(optimizer, update)
-        objective = Objective(loss or cross_entropy, weighted)
-        updater = Updater(run, objective, optimizer, rule=update, clip=clip)
+        updater = Updater(run, Objective(weighted), optimizer, rule=update, clip=clip)
         weights, record = Weights(model, updater.trained), Record(tuple(weighted))
         feed = Feed(
             as_batches(batches),
@@ -165,7 +177,7 @@ def fit(
             schedule=schedule,
             updates=epochs * -(-len(feed) // accumulate),
             plugs={
-                "loss": objective.loss,
+                "loss": run.loss,
                 "penalties": weighted,
                 "perturb": perturb,
                 "update": update,
@@ -182,7 +194,7 @@ def fit(
             generators=feed.generators,
         )
         saver = Saver(place, weights, optimizer, record, settings, processes)
-        by_labels = partial(validate, run, objective.loss, labelled=loss is None)
+        by_labels = partial(validate, run, labelled=loss is None)
         rates = _Rates(optimizer, schedule)
         loop = _Loop(run, feed, updater, perturb, rates, weights, record, saver, by_labels, keep)
         with closing(ProgressReporter(progress if processes.is_first else None)) as reporter:

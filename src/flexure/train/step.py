@@ -5,19 +5,40 @@ Which steps are taken, and what is done with their gradients, is `flexure.train.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexure.calling import call_model, map_tensors, rows_of, take
-from flexure.contracts import DataError
+from flexure.calling import call_model, map_tensors, rows_of, take, unwritten
+from flexure.contracts import DataError, FlexureError
+from flexure.measure.fields import point_of
+from flexure.measure.state import twice_differentiable
 from flexure.processes import Processes
+from flexure.train.checkpoint import rng_state, set_rng_state
 
-__all__ = ["Run", "TrainingStep", "pair", "part", "samples_in", "shares"]
+__all__ = [
+    "IGNORED",
+    "Loss",
+    "Run",
+    "TrainingStep",
+    "pair",
+    "part",
+    "samples_in",
+    "scalar",
+    "shares",
+]
+
+Loss = Callable[[Any, Any], Tensor]
+"""`(model output, y) -> scalar`, the mean over the samples."""
+
+IGNORED = -100
+"""The label that torch's cross-entropy leaves out by default."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +53,8 @@ class Run:
         device: where inputs are moved; None: they stay.
         autocast: what the forward pass computes in besides float32, on a device type; None: in
             nothing else.
+        loss: what is minimised besides penalties.
+        input_gradients: whether a penalty differentiates the loss in the inputs.
     """
 
     model: nn.Module
@@ -40,13 +63,16 @@ class Run:
     processes: Processes
     device: torch.device | None
     autocast: tuple[str, torch.dtype] | None
+    loss: Loss
+    input_gradients: bool
 
     def call(self, x: Any) -> Any:
         """`model(x)`, its tensors in float32 where they were computed in less."""
-        if self.autocast is None:
-            return call_model(self.model, x)
-        with torch.autocast(*self.autocast):
-            output = call_model(self.model, x)
+        with twice_differentiable() if self.input_gradients else nullcontext():
+            if self.autocast is None:
+                return call_model(self.model, x)
+            with torch.autocast(*self.autocast):
+                output = call_model(self.model, x)
         return _widened(output)
 
 
@@ -77,11 +103,94 @@ class TrainingStep:
     seed: int
     samples: int
     run: Run
+    _point: Tensor | None = field(default=None, repr=False)
 
     @cached_property
     def output(self) -> Any:
         """`model(x)` with its graph, computed once."""
-        return self.run.call(self.x)
+        if self._point is None:
+            return self.run.call(self.x)
+        self.__dict__["_randomness"] = rng_state()
+        return self.run.call(self._with(self._point))
+
+    @cached_property
+    def loss(self) -> Tensor:
+        """What is minimised besides penalties, of `output`: a scalar with its graph."""
+        return scalar("the loss", self.run.loss(self.output, self.y))
+
+    def fresh(self) -> TrainingStep:
+        """The same step without what has been computed, ready for what penalties ask for."""
+        if not self.run.input_gradients:
+            return replace(self)
+        point = point_of(self.x)
+        if len(point) != len(self.positions):
+            raise FlexureError(
+                f"expected one input for each of {len(self.positions)} samples, got "
+                f"{tuple(point.shape)}; put the samples first, or leave penalties of the input "
+                f"gradient out"
+            )
+        leaf = point.detach().requires_grad_()
+        return replace(self, x=_exchanged(self.x, point, leaf), _point=leaf)
+
+    def input_gradient(self, x: Tensor | None = None) -> Tensor:
+        """See `flexure.contracts.Step`."""
+        if x is None:
+            return self._own_gradient
+        point = self._asked_point()
+        if x.shape != point.shape or x.dtype != point.dtype:
+            raise FlexureError(
+                f"expected inputs like those of the step, {point.dtype} {tuple(point.shape)}, got "
+                f"{x.dtype} {tuple(x.shape)}; change step.x without changing its shape"
+            )
+        at = x if x.requires_grad else x.detach().requires_grad_()
+        with self._again():
+            output = self.run.call(self._with(at))
+        return self._rows(scalar("the loss", self.run.loss(output, self.y)), at)
+
+    @cached_property
+    def _own_gradient(self) -> Tensor:
+        return self._rows(self.loss, self._asked_point())
+
+    def _asked_point(self) -> Tensor:
+        if self._point is None:
+            raise FlexureError(
+                "expected a penalty that says that it needs the input gradient, got none in this "
+                "training; give its class the attribute needs_input_gradient = True"
+            )
+        return self._point
+
+    def _with(self, point: Tensor) -> Any:
+        """`x` with another tensor in the place of its point; models may overwrite it."""
+        return _exchanged(self.x, self._asked_point(), point.clone())
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Inside, the model is the function that gave `output`, and keeps nothing of a call."""
+        _ = self.output
+        with ExitStack() as stack:
+            stack.enter_context(unwritten(self.model, differentiated=True))
+            stack.callback(set_rng_state, rng_state())
+            set_rng_state(self.__dict__["_randomness"])
+            yield
+
+    def _rows(self, loss: Tensor, point: Tensor) -> Tensor:
+        """The gradients of the samples' losses at a point, of their mean."""
+        gradient = None
+        if loss.requires_grad:
+            (gradient,) = torch.autograd.grad(loss, point, create_graph=True, allow_unused=True)
+        if gradient is None:
+            raise FlexureError(
+                "expected a loss that depends on the input, got one that does not (an input that "
+                "the model does not use, or detaches); leave penalties of the input gradient out"
+            )
+        return gradient * self._counted
+
+    @property
+    def _counted(self) -> Tensor | int:
+        """How many samples the loss is the mean of."""
+        y = self.y
+        is_labels = isinstance(y, Tensor) and y.dtype in _INTEGERS and y.dim() == 1
+        return (y != IGNORED).sum() if is_labels else len(self.positions)
 
     def global_mean(self, values: Tensor) -> Tensor:
         """See `flexure.contracts.Step`: the value is global, the gradient that of the share."""
@@ -90,6 +199,18 @@ class TrainingStep:
             return mean
         total = self.run.processes.sum(values.sum(0)) / self.samples
         return mean + (total - mean.detach())
+
+
+def scalar(name: str, value: Any) -> Tensor:
+    """`value`, called `name`, as a tensor without dimensions.
+
+    Raises:
+        FlexureError: it is no tensor of one element.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.reshape(())
+    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise FlexureError(f"expected {name} to be a scalar tensor, got {got}; return its mean")
 
 
 def pair(batch: Any) -> tuple[Any, Any]:
@@ -161,6 +282,14 @@ def part(batch: Any, rows: slice, samples: int, run: Run) -> Any:
     if run.device is None:
         return batch
     return map_tensors(batch, lambda leaf: leaf.to(run.device))
+
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _exchanged(x: Any, old: Tensor, new: Tensor) -> Any:
+    """An `Example` with another tensor in the place of one of its own."""
+    return map_tensors(x, lambda leaf: new if leaf is old else leaf)
 
 
 def _widened(output: Any) -> Any:

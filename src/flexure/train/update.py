@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flexure.contracts import DataError, FlexureError, Penalty, UpdateRule
-from flexure.train.step import Run, TrainingStep
+from flexure.train.step import Run, TrainingStep, scalar
 
-__all__ = ["Loss", "Objective", "Updater", "plain", "scalar", "trained_parameters"]
-
-Loss = Callable[[Any, Any], Tensor]
-"""`(model output, y) -> scalar`, the mean over the samples."""
+__all__ = ["Objective", "Updater", "plain", "trained_parameters"]
 
 
 def plain(backward: Callable[[], float], optimizer: Optimizer) -> float:
@@ -37,11 +34,9 @@ class Objective:
     """What is minimised: the loss plus weight·penalty for each penalty.
 
     Attributes:
-        loss: mean over the samples of a share.
         penalties: name -> the penalty and its weight.
     """
 
-    loss: Loss
     penalties: Mapping[str, tuple[Penalty, float]]
 
     def parts(self, step: TrainingStep) -> list[Tensor]:
@@ -50,7 +45,7 @@ class Objective:
         Raises:
             FlexureError: one is not a scalar tensor.
         """
-        found = [scalar("the loss", self.loss(step.output, step.y))]
+        found = [step.loss]
         for name, (penalty, _) in self.penalties.items():
             found.append(scalar(f"the penalty {name}", penalty(step)))
         return found
@@ -84,18 +79,6 @@ def trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.P
     return found
 
 
-def scalar(name: str, value: Any) -> Tensor:
-    """`value`, called `name`, as a tensor without dimensions.
-
-    Raises:
-        FlexureError: it is no tensor of one element.
-    """
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.reshape(())
-    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise FlexureError(f"expected {name} to be a scalar tensor, got {got}; return its mean")
-
-
 class Updater:
     """Performs updates, and stops at the first that is not finite."""
 
@@ -109,7 +92,7 @@ class Updater:
         clip: float | None,
     ) -> None:
         self.trained = trained_parameters(run.model, optimizer)
-        self._differentiated = [
+        self._differentiated: list[Tensor] = [
             p for p in {*run.model.parameters(), *self.trained.values()} if p.requires_grad
         ]
         base = nn.modules.batchnorm._NormBase
@@ -135,7 +118,8 @@ class Updater:
         measured: list[list[float]] = []
 
         def backward() -> float:
-            measured.append(self._backward(steps))
+            with self._statistics_kept() if measured else nullcontext():
+                measured.append(self._backward(steps))
             return float(self._objective.total(measured[-1]))
 
         with self._undone_on_error():
@@ -147,10 +131,25 @@ class Updater:
                 )
         return value, measured[0][1:]
 
+    @property
+    def _statistics(self) -> list[Tensor]:
+        return [b for m in self._norms if m.training for b in m.buffers(recurse=False)]
+
+    @contextmanager
+    def _statistics_kept(self) -> Iterator[None]:
+        """Running statistics, put back: those of an update are of the weights before it."""
+        kept = self._statistics
+        before = [tensor.clone() for tensor in kept]
+        try:
+            yield
+        finally:
+            for tensor, value in zip(kept, before, strict=True):
+                tensor.copy_(value)
+
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:
         """Weights (where a rule may have moved them) and statistics, put back on an error."""
-        kept = [b for m in self._norms if m.training for b in m.buffers(recurse=False)]
+        kept = self._statistics
         if self._rule is not None:
             kept += [parameter.detach() for parameter in self.trained.values()]
         before = [tensor.clone() for tensor in kept]
@@ -167,11 +166,11 @@ class Updater:
             parameter.grad = None
         samples = sum(step.samples for step in steps)
         parts = [0.0] * (1 + len(self._objective.penalties))
-        for step in steps:
-            # Without its cached output: the weights may have changed since the last call.
-            fresh = self._objective.parts(replace(step))
+        for given in steps:
+            step = given.fresh()  # the weights may have changed since the last call
+            fresh = self._objective.parts(step)
             weight = len(step.positions) / samples
-            _differentiate(self._objective.total(fresh) * weight)
+            _differentiate(self._objective.total(fresh) * weight, self._asked(step))
             parts = [
                 total + weight * float(part.detach())
                 for total, part in zip(parts, fresh, strict=True)
@@ -179,6 +178,10 @@ class Updater:
         parts = self._gathered(parts, samples)
         self._check_and_clip(self._objective.total(parts), steps[0])
         return parts
+
+    def _asked(self, step: TrainingStep) -> list[Tensor] | None:
+        """What is differentiated; None: everything. A gradient in the input would be wasted."""
+        return self._differentiated if step.run.input_gradients else None
 
     def _gathered(self, parts: list[float], samples: int) -> list[float]:
         """The parts and, in place, the gradients summed over the processes, checked first."""
@@ -252,13 +255,13 @@ class Updater:
         return f"expected a finite loss, got {objective} {where}; {before}; {remedy}"
 
 
-def _differentiate(value: Tensor) -> None:
+def _differentiate(value: Tensor, inputs: list[Tensor] | None) -> None:
     if not value.requires_grad:
         raise FlexureError(
             "expected the loss to depend on a trainable parameter, got one without a graph; "
             "unfreeze a parameter that the output depends on, and do not detach the output"
         )
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward(inputs=inputs)  # type: ignore[no-untyped-call]
 
 
 def _gradient_norms(parameters: Mapping[str, nn.Parameter]) -> tuple[list[str], Tensor]:

@@ -12,20 +12,16 @@ from torch import Tensor
 
 from flexure.calling import evaluating, logits_of
 from flexure.contracts import Batches, DataError
-from flexure.train.step import Run, pair, part, samples_in
-from flexure.train.update import Loss, scalar
+from flexure.train.step import Run, pair, part, samples_in, scalar
 
 __all__ = ["check_labels", "validate"]
 
 
-def validate(
-    run: Run, loss: Loss, batches: Batches, *, labelled: bool
-) -> tuple[float, float | None]:
+def validate(run: Run, batches: Batches, *, labelled: bool) -> tuple[float, float | None]:
     """The mean loss over all samples and processes, in eval mode, and the share of right answers.
 
     Args:
-        run: the model and how it is called.
-        loss: mean over the samples of a share.
+        run: the model, how it is called, and the loss.
         batches: `(x, y)`.
         labelled: whether every `y` must be `(B,)` integer labels. Otherwise a `y` of another kind
             has a loss only, and there is no accuracy.
@@ -46,7 +42,7 @@ def validate(
             if labelled or _are_labels(y, share):
                 right += _right(output, y, share)
                 answers += share
-            total += float(scalar("the loss on val", loss(output, y))) * share
+            total += float(scalar("the loss on val", run.loss(output, y))) * share
             count += share
     total, count, right, answers = run.processes.sums([total, count, right, answers])
     if count == 0:
