@@ -1,5 +1,6 @@
-"""What is known of linear layers: bounds on their norms."""
+"""What is known of linear layers: bounds on their norms, and layers that keep to one."""
 
+from flexure.layers.lipschitz_norm import LipschitzBatchNorm
 from flexure.layers.norms import (
     NormBounds,
     adaptive_avg_pool_norm_bounds,
@@ -13,6 +14,7 @@ from flexure.layers.of_module import module_norm_bounds
 from flexure.layers.spectral import conv_norm_bound, linear_norm_bound, operator_norm
 
 __all__ = [
+    "LipschitzBatchNorm",
     "NormBounds",
     "adaptive_avg_pool_norm_bounds",
     "avg_pool_norm_bounds",

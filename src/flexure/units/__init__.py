@@ -10,6 +10,7 @@ from flexure.units.bounds import (
 from flexure.units.catalogue import CATALOGUE
 from flexure.units.functional import centered_softplus, ctu
 from flexure.units.parameterization import PARAMETERIZATIONS, Parameterization, saturated_share
+from flexure.units.smooth import CenteredSoftplus, Softplus
 from flexure.units.spec import Point, UnitSpec
 from flexure.units.trainable import TrainableCTU
 from flexure.units.unit import CTU
@@ -18,8 +19,10 @@ __all__ = [
     "CATALOGUE",
     "CTU",
     "PARAMETERIZATIONS",
+    "CenteredSoftplus",
     "Parameterization",
     "Point",
+    "Softplus",
     "TrainableCTU",
     "UnitBounds",
     "UnitSpec",

@@ -1,0 +1,271 @@
+"""BatchNorm whose scale is clipped per channel: gamma-Lipschitz in both modes.
+
+The layer, its constant, and its fast training pass. Norms of other layers are in `norms.py`; how
+strongly gamma is penalised is not decided here.
+
+[LCNN] is Low-Curvature Networks.
+"""
+
+from __future__ import annotations
+
+import math
+from inspect import unwrap
+from numbers import Real
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from flexure.contracts import FlexureError
+
+__all__ = ["LipschitzBatchNorm"]
+
+# Its exponential is below float64's rounding of 1: gamma = 1, from where training can still start.
+LOWEST_RAW = math.log(torch.finfo(torch.float64).eps / 8)
+# What a float32 holds with room for its product with a scale.
+LARGEST_GAMMA = 1e30
+# Stands for 1/sigma where it takes no part: its square vanishes, and powers of 2 do not round.
+NO_INVERSE = 2.0**-60
+
+_aten = torch.ops.aten
+
+
+class LipschitzBatchNorm(_BatchNorm):
+    """`y = (x - mu)·a + b`, `a = clip(w/sigma, -gamma, gamma)`, section 3.4.2 of [LCNN].
+
+    `sigma = sqrt(var + eps)`, of the batch in train mode and of the running statistics in eval
+    mode: gamma bounds the slope in both. Every channel is clipped by itself, so that a dead one,
+    whose sigma is 0, leaves the others alone. Where no channel is clipped it is torch's BatchNorm,
+    values and gradients; running statistics are torch's always.
+
+    `gamma = 1 + exp(raw_gamma)`, that is `log(gamma) = softplus(raw_gamma)`: at least 1 whatever
+    an optimiser does, and [LCNN]'s penalty on log(gamma) is nearly linear in the parameter while
+    gamma is large. [LCNN] has no affine parameters; `affine=False` is its layer.
+
+    Do not convert it by `SyncBatchNorm.convert_sync_batchnorm`, which would drop gamma silently.
+
+    Args:
+        num_features: channels C, axis 1 of the input.
+        eps: as in torch.
+        momentum: as in torch; None: the cumulative average.
+        affine: whether there are w and b; without them w = 1 and b = 0.
+        track_running_stats: without them batch statistics are used in both modes.
+        gamma: where it starts, in [1, 1e30]. Default 10, as in the code of [LCNN].
+        device: of parameters and statistics.
+        dtype: of parameters and statistics.
+
+    Raises:
+        FlexureError: gamma outside [1, 1e30], or not a number.
+
+    Example:
+        >>> norm = LipschitzBatchNorm(2, affine=False)
+        >>> float(norm.gamma), float(norm.lipschitz)
+        (10.0, 0.9999949932098389)
+    """
+
+    raw_gamma: nn.Parameter
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        gamma: float = 10.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        raw = _raw_gamma(gamma)
+        super().__init__(  # type: ignore[no-untyped-call]
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        self.raw_gamma = nn.Parameter(torch.tensor(raw, device=device, dtype=dtype))
+
+    @classmethod
+    def from_batch_norm(cls, bn: nn.Module, *, gamma: float = 10.0) -> LipschitzBatchNorm:
+        """The layer in the place of one of torch's: its affine parameters, statistics and mode.
+
+        The parameters and statistics are the same objects, not copies.
+
+        Args:
+            bn: `nn.BatchNorm1d`, `2d` or `3d`.
+            gamma: where it starts.
+
+        Raises:
+            FlexureError: another module, also one that inherits from BatchNorm and does something
+                else, `nn.SyncBatchNorm` and a lazy layer that has not run; or a wrong gamma.
+        """
+        _check_batch_norm(bn)
+        given = cast(_BatchNorm, bn)
+        home = next((t for t in (given.weight, given.running_mean) if t is not None), None)
+        norm = cls(
+            given.num_features,
+            given.eps,
+            given.momentum,
+            given.affine,
+            given.track_running_stats,
+            gamma=gamma,
+            device=None if home is None else home.device,
+            dtype=None if home is None else home.dtype,
+        )
+        norm.register_parameter("weight", given.weight)
+        norm.register_parameter("bias", given.bias)
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            norm.register_buffer(name, getattr(given, name))
+        return norm.train(given.training)
+
+    @property
+    def gamma(self) -> Tensor:
+        """The largest slope allowed, at least 1, `()`, with its graph to `raw_gamma`."""
+        return 1.0 + torch.exp(self.raw_gamma)
+
+    @property
+    def lipschitz(self) -> Tensor:
+        """The Lipschitz constant in eval mode, `()`: `min(gamma, max |w|/sigma)`.
+
+        Differentiable in gamma where that is the least, else in w. Without running statistics it
+        is gamma, which bounds every batch.
+        """
+        gamma, var = self.gamma, self.running_var
+        if var is None:
+            return gamma
+        var = var.to(torch.promote_types(var.dtype, gamma.dtype))
+        slopes = torch.rsqrt(var + self.eps)
+        if self.weight is not None:
+            slopes = slopes * self.weight.abs()
+        return torch.where(slopes.amax() < gamma, slopes.amax(), gamma)
+
+    @property
+    def clipped_weight(self) -> Tensor | None:
+        """`(C,)`, the weight with which torch's BatchNorm is this layer in eval mode.
+
+        None without running statistics.
+        """
+        if self.running_var is None:
+            return None
+        return self._clipped(self.running_var)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The normalised input, of its shape and dtype.
+
+        Args:
+            input: `(B, C)`, `(B, C, L)`, `(B, C, H, W)` or `(B, C, D, H, W)`.
+
+        Raises:
+            FlexureError: another number of dimensions or channels; or one value a channel where
+                batch statistics are needed.
+        """
+        x = input
+        self._check_input_dim(x)
+        mean, var = self.running_mean, self.running_var
+        if not self.training and mean is not None and var is not None:
+            weight = self._clipped(var)
+            return F.batch_norm(x, mean, var, weight, self.bias, False, 0.0, self.eps)
+        _check_count(x)
+        if isinstance(x, Tensor) and type(x) is not Tensor and type(x) is not nn.Parameter:
+            # A measure's: it refuses batch statistics in its own words.
+            return F.batch_norm(x, mean, var, self.weight, self.bias, True, 0.0, self.eps)
+        momentum = self._next_momentum()
+        if not self.training:
+            mean = var = None
+        return _by_formula(x, self.weight, self.bias, self.gamma, mean, var, momentum, self.eps)
+
+    def extra_repr(self) -> str:
+        """As of torch's, with gamma as it is now."""
+        own = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{own}, gamma={float(self.gamma.detach()):.4g}"
+
+    def _check_input_dim(self, input: Any) -> None:
+        if input.dim() not in (2, 3, 4, 5) or input.shape[1] != self.num_features:
+            raise FlexureError(
+                f"expected an input (B, {self.num_features}), with up to three dimensions of space "
+                f"behind, got shape {tuple(input.shape)}; make the layer with num_features equal "
+                f"to the size of axis 1"
+            )
+
+    def _clipped(self, var: Tensor) -> Tensor:
+        dtype = torch.promote_types(var.dtype, torch.float32)
+        sigma = torch.sqrt(var.to(dtype) + self.eps)
+        weight = torch.ones_like(sigma) if self.weight is None else self.weight.to(dtype)
+        gamma = self.gamma.to(dtype)
+        clipped = weight.detach().abs() > gamma.detach() * sigma.detach()
+        return torch.where(clipped, gamma * weight.detach().sign() * sigma, weight).to(var.dtype)
+
+    def _next_momentum(self) -> float:
+        """Counts a batch in train mode, and returns the weight of its statistics, as torch does."""
+        if not self.training or not self.track_running_stats or self.num_batches_tracked is None:
+            return 0.0 if self.momentum is None else self.momentum
+        self.num_batches_tracked.add_(1)
+        if self.momentum is not None:
+            return self.momentum
+        return 1.0 / float(self.num_batches_tracked)
+
+
+def _by_formula(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gamma: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """The layer by batch statistics, as a formula that anything can differentiate and trace."""
+    dims = (0, *range(2, x.dim()))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    var, mean = torch.var_mean(wide, dims, correction=0)
+    if running_mean is not None and running_var is not None:
+        count = x.numel() // x.shape[1]
+        with torch.no_grad():
+            running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
+            unbiased = var.detach() * (count / (count - 1))
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    slope = torch.rsqrt(var + eps)
+    slope = slope if weight is None else slope * weight
+    clipped = slope.detach().abs() > gamma.detach()
+    slope = torch.where(clipped, gamma * slope.detach().sign(), slope)
+    shape = (-1, *(1,) * (x.dim() - 2))
+    y = (wide - mean.view(shape)) * slope.view(shape)
+    y = y if bias is None else y + bias.view(shape)
+    return y.to(x.dtype)
+
+
+def _check_batch_norm(bn: nn.Module) -> None:
+    name = type(bn).__name__
+    if isinstance(bn, nn.SyncBatchNorm):
+        why = "its statistics are those of all processes; use nn.BatchNorm2d"
+    elif not isinstance(bn, _BatchNorm):
+        why = "pass a BatchNorm layer of torch"
+    elif unwrap(type(bn).forward) is not unwrap(_BatchNorm.forward):
+        why = "it does something else than BatchNorm in its forward; replace it by nn.BatchNorm2d"
+    elif isinstance(bn.weight, nn.parameter.UninitializedParameter) or not bn.num_features:
+        why = "it does not know its channels yet; run a batch through the model first"
+    else:
+        return
+    raise FlexureError(
+        f"expected nn.BatchNorm1d, nn.BatchNorm2d or nn.BatchNorm3d, got {name}: {why}"
+    )
+
+
+def _check_count(x: Tensor) -> None:
+    if x.numel() <= x.shape[1]:
+        raise FlexureError(
+            f"expected more than one value a channel to take statistics of, got an input of shape "
+            f"{tuple(x.shape)}; give a larger batch (drop a last batch of 1), or call .eval()"
+        )
+
+
+def _raw_gamma(gamma: Any) -> float:
+    if isinstance(gamma, Tensor) and gamma.numel() == 1:
+        gamma = gamma.item()
+    if not isinstance(gamma, Real) or not 1.0 <= float(gamma) <= LARGEST_GAMMA:  # nan fails both
+        raise FlexureError(
+            f"expected gamma in [1, {LARGEST_GAMMA:g}], got {gamma!r}; pass for example 10.0"
+        )
+    excess = float(gamma) - 1.0
+    return max(math.log(excess), LOWEST_RAW) if excess > 0 else LOWEST_RAW
