@@ -1,5 +1,6 @@
-"""Labelled data by address, seeded stratified splits, and preprocessed batches."""
+"""Labelled data by address, seeded stratified splits, preprocessed batches, augmentation."""
 
+from flexure.data.augment import Augmentation
 from flexure.data.batches import (
     PreparedBatches,
     Splits,
@@ -15,6 +16,7 @@ from flexure.data.sources import CATALOGUE, load_data
 __all__ = [
     "CATALOGUE",
     "ArrayData",
+    "Augmentation",
     "LazyData",
     "PreparedBatches",
     "Splits",

@@ -1,6 +1,7 @@
 """Seeded stratified splits, views of data, and preprocessed batches.
 
-Nothing here reads a file, augments, or touches the global random generators.
+Nothing here reads a file or touches the global random generators; images are augmented by
+`augment`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flexure.contracts import DataError, FlexureError, LabelledData
+from flexure.data.augment import Augmentation
 
 __all__ = [
     "PreparedBatches",
@@ -173,6 +175,7 @@ def batches(
     shuffle: bool = False,
     device: torch.device | str | None = None,
     cache: bool = False,
+    augment: Augmentation | None = None,
 ) -> PreparedBatches:
     """Batches `(x, y)` of preprocessed samples, to be iterated as often as wanted.
 
@@ -180,23 +183,35 @@ def batches(
         data: unprocessed samples.
         preprocess: one sample -> one model input, without the batch dimension.
         batch_size: samples a batch; the last batch may be smaller.
-        seed: with `shuffle`, decides each epoch's order together with the epoch's number.
+        seed: with `shuffle`, decides each epoch's order together with the epoch's number; with
+            `augment`, what is done to each sample in each epoch.
         shuffle: a new order in each epoch; otherwise the data's.
         device: where the batches go; default: where `preprocess` leaves them.
         cache: preprocess everything once, at the first epoch, and keep it as one tensor.
+        augment: random changes of the preprocessed images, new ones in each epoch; a function of
+            the seed, the epoch and each sample's index in `data`, whatever the order and the size
+            of the batches.
 
     Raises:
-        FlexureError: a batch size below 1, or shuffling without a seed.
+        FlexureError: a batch size below 1, or shuffling or augmenting without a seed.
         DataError: no samples.
     """
     if batch_size < 1:
         raise FlexureError(f"expected a batch size of at least 1, got {batch_size}; raise it")
-    if shuffle and seed is None:
-        raise FlexureError("expected a seed to shuffle with, got None; pass seed=")
+    if (shuffle or augment is not None) and seed is None:
+        purpose = "shuffle" if shuffle else "augment"
+        raise FlexureError(f"expected a seed to {purpose} with, got None; pass seed=")
     if len(data) == 0:
         raise DataError("expected samples to make batches of, got none; check the data")
     return PreparedBatches(
-        data, preprocess, batch_size, seed=seed if shuffle else None, device=device, cache=cache
+        data,
+        preprocess,
+        batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        device=device,
+        cache=cache,
+        augment=augment,
     )
 
 
@@ -210,14 +225,17 @@ class PreparedBatches:
         batch_size: int,
         *,
         seed: int | None,
+        shuffle: bool,
         device: torch.device | str | None,
         cache: bool,
+        augment: Augmentation | None,
     ) -> None:
         self.data = data
         self.preprocess = preprocess
         self.batch_size = batch_size
         self.epoch = 0
-        self._seed = seed
+        self._order_seed = seed if shuffle else None
+        self._augment = None if augment is None or seed is None else (augment, seed)
         self._device = device
         self._cache = cache
         self._cached: Tensor | None = None
@@ -227,25 +245,37 @@ class PreparedBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # The order is fixed here, not at the first batch, so that two running epochs differ.
-        order = self._order()
+        order, change = self._order(), self._change()
         self.epoch += 1
-        return self._run(order)
+        return self._run(order, change)
 
     def _order(self) -> Tensor:
-        if self._seed is None:
+        if self._order_seed is None:
             return torch.arange(len(self.data))
-        generator = torch.Generator().manual_seed(_stream(self._seed, 1 + self.epoch))
+        generator = torch.Generator().manual_seed(_stream(self._order_seed, 1 + self.epoch))
         return torch.randperm(len(self.data), generator=generator)
 
-    def _run(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _change(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """What this epoch does to prepared samples and their indices."""
+        if self._augment is None:
+            return lambda x, indices: x
+        augment, seed = self._augment
+        generator = torch.Generator().manual_seed(_stream(seed, 1 + self.epoch, _AUGMENTING))
+        draws = augment.draws(len(self.data), generator)
+        return lambda x, indices: augment(x, draws[indices])
+
+    def _run(
+        self, order: Tensor, change: Callable[[Tensor, Tensor], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         if self._cache and self._cached is None:
             self._cached = self._prepare(torch.arange(len(self.data)))
         for indices in torch.split(order, self.batch_size):
             y = self.data.labels[indices]
             if self._cached is None:
-                yield self._prepare(indices), self._move(y)
+                x = self._prepare(indices)
             else:
-                yield self._cached[indices.to(self._cached.device)], self._move(y)
+                x = self._cached[indices.to(self._cached.device)]
+            yield change(x, indices), self._move(y)
 
     def _prepare(self, indices: Tensor) -> Tensor:
         """The preprocessed samples at `indices`, `(n, *shape)`."""
@@ -266,11 +296,15 @@ class PreparedBatches:
         return tensor if self._device is None else tensor.to(self._device)
 
 
-def _stream(seed: int, number: int) -> int:
+_AUGMENTING = 1
+"""Marks the streams that augmentation draws from, apart from those of the order."""
+
+
+def _stream(seed: int, *numbers: int) -> int:
     """A seed for one purpose: `seed + number` would make neighbouring seeds repeat each other."""
     if seed < 0:
         raise FlexureError(f"expected a seed of at least 0, got {seed}; choose another")
-    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([seed, *numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _cuts(sizes: Sequence[float] | Sequence[int], total: int) -> list[int]:

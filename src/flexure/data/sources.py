@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flexure.addresses import existing_path, first_line, look_up
 from flexure.contracts import AddressError, DataError, DataLoader, LabelledData
+from flexure.data.generated import GENERATED, load_generated
 from flexure.data.images import SPLIT_NAMES, load_folder, load_hub
 from flexure.data.labelled import (
     ArrayData,
@@ -38,7 +39,8 @@ def load_data(address: str) -> dict[str, LabelledData]:
     """The labelled data behind an address, as named splits.
 
     Args:
-        address: `sklearn:digits`, `npz:FILE`, `idx:DIR`, `folder:DIR` or `hf:NAME[:config]`.
+        address: `sklearn:digits`, `sklearn:moons?noise=0.1`, `npz:FILE`, `idx:DIR`, `folder:DIR`
+            or `hf:NAME[:config]`.
 
     Returns:
         Always `"train"`, and `"validation"` and `"test"` where the source has them.
@@ -55,18 +57,18 @@ def load_data(address: str) -> dict[str, LabelledData]:
 
 
 def _load_sklearn(rest: str) -> dict[str, LabelledData]:
-    """`sklearn:NAME`: the data sets that scikit-learn ships.
+    """`sklearn:NAME`: the data sets that scikit-learn ships, or generates (see `generated`).
 
     `digits` gives `(1, 8, 8)` uint8 images, its grey levels v in 0 ... 16 as round(255 v / 16);
     the others give vectors in their original units.
     """
     from sklearn import datasets
 
+    if rest.partition("?")[0] in GENERATED:
+        return load_generated(rest)
     if rest not in _SKLEARN:
-        raise AddressError(
-            f"expected one of {', '.join(f'sklearn:{name}' for name in _SKLEARN)}, got "
-            f"sklearn:{rest}; choose one of them"
-        )
+        known = ", ".join(f"sklearn:{name}" for name in (*_SKLEARN, *GENERATED))
+        raise AddressError(f"expected one of {known}, got sklearn:{rest}; choose one of them")
     bunch = getattr(datasets, f"load_{rest}")()
     is_image = rest == "digits"
     x = np.rint(bunch.images * (255 / 16)).astype(np.uint8) if is_image else bunch.data
