@@ -17,9 +17,12 @@ from flexure.contracts import Batches, FlexureError
 __all__ = [
     "as_batches",
     "call_model",
+    "check_logits",
+    "copied",
     "evaluating",
     "logits_of",
     "map_tensors",
+    "margin",
     "rewritten_weights",
     "rows_of",
     "seeded",
@@ -88,6 +91,47 @@ def logits_of(output: Any) -> Tensor:
             f"{type(output).__name__}; wrap the model so that it returns logits"
         )
     return logits
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """m = z_y − z_k − log1p(Σ_{j≠y,k} exp(z_j − z_k)), k the strongest wrong class: (B,).
+
+    The log-odds of the label: cross-entropy is softplus(−m), the label's probability σ(m). Exact
+    to rounding for confidently right and wrong samples alike, where logsumexp over all classes
+    cancels.
+
+    Args:
+        logits: (B, K), K >= 2.
+        y: (B,) int64 labels.
+    """
+    own = y[:, None]
+    wrong = logits.scatter(1, own, -torch.inf)
+    strongest, k = wrong.max(1, keepdim=True)
+    rest = (logits - strongest).scatter(1, own, -torch.inf).scatter(1, k, -torch.inf)
+    return (logits.gather(1, own) - strongest).squeeze(1) - torch.log1p(rest.exp().sum(1))
+
+
+def check_logits(logits: Tensor, y: Tensor | None) -> Tensor:
+    """The logits (B, K), once they are of at least two classes, and the labels (B,) among them.
+
+    Raises:
+        FlexureError: they are not.
+    """
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise FlexureError(
+            f"expected logits (B, classes) of at least 2 classes, got shape "
+            f"{tuple(logits.shape)}; give field=, a function of the input with one value a sample"
+        )
+    if y is not None and (y.shape != logits.shape[:1] or _outside(y, logits.shape[1])):
+        raise FlexureError(
+            f"expected (B,) labels from 0 to {logits.shape[1] - 1}, got shape {tuple(y.shape)} "
+            f"from {int(y.min())} to {int(y.max())}; give the labels that the model was trained on"
+        )
+    return logits
+
+
+def _outside(y: Tensor, classes: int) -> bool:
+    return bool(((y < 0) | (y >= classes)).any())
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from flexure.contracts import FlexureError
 from flexure.measure import products
 from flexure.measure.checks import check_field
 from flexure.measure.fields import measuring
-from flexure.measure.state import unchanged_randomness
 from flexure.measure.wide import in_float64
+from flexure.measuring import unchanged_randomness
 from tests.networks import Swin, resnet18
 
 IMAGE, VECTOR = (3, 16, 16), (5,)

@@ -13,7 +13,7 @@ from torch import nn
 import flexure
 from flexure.contracts import FlexureError
 from flexure.measure.fields import measuring
-from flexure.measure.state import full_precision
+from flexure.measuring import full_precision
 from tests.measure.untouched import untouched
 
 

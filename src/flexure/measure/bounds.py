@@ -33,7 +33,7 @@ from flexure.measure.bound_graph import (
 )
 from flexure.measure.bound_rules import Graph, Signal
 from flexure.measure.fields import measuring
-from flexure.measure.state import unchanged_randomness, uncompiled
+from flexure.measuring import unchanged_randomness, uncompiled
 
 __all__ = ["Contribution", "HessianBound", "hessian_bound"]
 

@@ -19,8 +19,8 @@ from flexure.contracts import FlexureError
 from flexure.measure.fields import scalar_field
 from flexure.measure.pairs import Pair
 from flexure.measure.products import PRODUCTS
-from flexure.measure.state import unchanged_randomness
 from flexure.measure.wide import in_float64
+from flexure.measuring import unchanged_randomness
 
 __all__ = ["Checked", "ScalarField", "check_field", "refuse_not_finite"]
 

@@ -23,7 +23,7 @@ from flexure.measure.chunks import chunk_within
 from flexure.measure.fields import Field, check_target, measuring, point_of, scalar_field
 from flexure.measure.products import PRODUCTS
 from flexure.measure.rounding import warn_of_rounding
-from flexure.measure.state import unchanged_randomness
+from flexure.measuring import unchanged_randomness
 from flexure.memory import peak_bytes
 from flexure.per_sample import PerSample
 

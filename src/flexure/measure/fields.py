@@ -2,28 +2,21 @@
 
 A `Field` maps the inputs (B, *shape) to (B,) values, one of each sample alone. For a classifier it
 is the margin m, of which the cross-entropy is softplus(−m): derivatives of m do not cancel where
-those of the loss do. `measuring` is the state in which every measure calls models. Nothing is
-differentiated here.
+those of the loss do. Measures call a field inside `measuring`. Nothing is differentiated here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexure.calling import call_model, copied, evaluating, logits_of, map_tensors, unwritten
+from flexure.calling import call_model, check_logits, copied, logits_of, map_tensors, margin
 from flexure.contracts import FlexureError
-from flexure.measure.state import (
-    full_precision,
-    one_at_a_time,
-    twice_differentiable,
-    unchanged_randomness,
-)
+from flexure.measuring import measuring
 
 __all__ = ["Field", "check_target", "margin", "measuring", "point_of", "scalar_field"]
 
@@ -85,24 +78,6 @@ class Field:
         return replace(self, x=x, target=target, _example=map_tensors(self._example, part))
 
 
-def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """m = z_y − z_k − log1p(Σ_{j≠y,k} exp(z_j − z_k)), k the strongest wrong class: (B,).
-
-    The log-odds of the label: cross-entropy is softplus(−m), the label's probability σ(m). Exact
-    to rounding for confidently right and wrong samples alike, where logsumexp over all classes
-    cancels.
-
-    Args:
-        logits: (B, K), K >= 2.
-        y: (B,) int64 labels.
-    """
-    own = y[:, None]
-    wrong = logits.scatter(1, own, -torch.inf)
-    strongest, k = wrong.max(1, keepdim=True)
-    rest = (logits - strongest).scatter(1, own, -torch.inf).scatter(1, k, -torch.inf)
-    return (logits.gather(1, own) - strongest).squeeze(1) - torch.log1p(rest.exp().sum(1))
-
-
 def scalar_field(
     model: nn.Module | Callable[..., Any],
     x: Any,
@@ -145,13 +120,13 @@ def scalar_field(
             z = outputs(copied(x))  # models may overwrite their input
         if z.dim() == 1 or z.shape[1:] == (1,):
             return Field(point, False, None, lambda example, _: outputs(example).flatten(), x)
-        target = _checked(z, None).argmax(1)
+        target = check_logits(z, None).argmax(1)
     elif target.is_floating_point():
         return Field(point, False, target, lambda example, y: _error(outputs(example), y), x)
     else:
         target = target.long()
     return Field(
-        point, True, target, lambda example, y: margin(_checked(outputs(example), y), y), x
+        point, True, target, lambda example, y: margin(check_logits(outputs(example), y), y), x
     )
 
 
@@ -174,66 +149,6 @@ def check_target(y: Tensor | None, batch: int) -> None:
             f"expected labels of shape ({batch},), or floating-point targets of the output's shape,"
             f" got {y.dtype} of shape {tuple(y.shape)}; give y.flatten(), or real targets"
         )
-
-
-@contextmanager
-def measuring(model: Any) -> Iterator[None]:
-    """The state in which measures call a model; everything is put back at the end.
-
-    Eval mode, parameters without gradients (the input's are what is asked for), autocast off,
-    grad mode on, no TF32, and scaled-dot-product attention by its MATH backend, the only one that
-    can be differentiated twice. What models draw from global random generators is put back, and
-    what they write into buffers and attributes. One thread of the process is inside at a time.
-
-    Args:
-        model: a module, or anything else, which is left alone.
-
-    Raises:
-        FlexureError: the model was built in inference mode.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(one_at_a_time())
-        if isinstance(model, nn.Module):
-            _refuse_unusable(model)
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for device in {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(twice_differentiable())
-        stack.enter_context(full_precision())
-        stack.enter_context(unchanged_randomness())
-        if isinstance(model, nn.Module):
-            stack.enter_context(unwritten(model))
-            stack.enter_context(evaluating(model))
-            stack.enter_context(_constant(model))
-        yield
-
-
-def _refuse_unusable(model: nn.Module) -> None:
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if torch.nn.parameter.is_lazy(tensor):
-            raise FlexureError(
-                f"expected a model whose parameters have values, got {name!r} of a lazy layer "
-                f"without; call the model once on a batch before it is measured"
-            )
-        if tensor.is_inference():
-            raise FlexureError(
-                f"expected a model that was built outside of torch.inference_mode, got {name!r} "
-                f"made inside, which autograd cannot use; measure copy.deepcopy(model)"
-            )
-
-
-@contextmanager
-def _constant(model: nn.Module) -> Iterator[None]:
-    """Parameters that need no gradient: graphs are smaller, and products cheaper."""
-    needed = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in needed:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in needed:
-            parameter.requires_grad_(True)
 
 
 def point_of(x: Any) -> Tensor:
@@ -284,22 +199,3 @@ def _error(outputs: Tensor, y: Tensor) -> Tensor:
             f"{tuple(y.shape)}; reshape y (integers are labels of a classifier)"
         )
     return (outputs - y).square().reshape(len(outputs), -1).sum(1) / 2
-
-
-def _checked(logits: Tensor, y: Tensor | None) -> Tensor:
-    """Logits of at least two classes, and labels among them."""
-    if logits.dim() != 2 or logits.shape[1] < 2:
-        raise FlexureError(
-            f"expected logits (B, classes) of at least 2 classes, got shape "
-            f"{tuple(logits.shape)}; give field=, a function of the input with one value a sample"
-        )
-    if y is not None and (y.shape != logits.shape[:1] or _outside(y, logits.shape[1])):
-        raise FlexureError(
-            f"expected (B,) labels from 0 to {logits.shape[1] - 1}, got shape {tuple(y.shape)} "
-            f"from {int(y.min())} to {int(y.max())}; give the labels that the model was trained on"
-        )
-    return logits
-
-
-def _outside(y: Tensor, classes: int) -> bool:
-    return bool(((y < 0) | (y >= classes)).any())

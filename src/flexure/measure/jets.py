@@ -23,7 +23,7 @@ from flexure.measure.jet_losses import LOSSES
 from flexure.measure.jet_reductions import REDUCTIONS
 from flexure.measure.jet_rules import ARITHMETIC
 from flexure.measure.propagate import GENERAL, Carrying, Unsupported, carriers_in, rule_table
-from flexure.measure.state import uncompiled
+from flexure.measuring import uncompiled
 
 __all__ = ["Jet", "jet", "taylor_coefficients"]
 

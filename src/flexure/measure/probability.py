@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flexure.calling import call_model, logits_of, map_tensors
 from flexure.contracts import FlexureError
 from flexure.measure.fields import measuring, point_of
-from flexure.measure.state import unchanged_randomness
+from flexure.measuring import unchanged_randomness
 
 __all__ = [
     "ScaledField",

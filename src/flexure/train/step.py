@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flexure.calling import call_model, map_tensors, rows_of, take, unwritten
 from flexure.contracts import DataError, FlexureError
 from flexure.measure.fields import point_of
-from flexure.measure.state import twice_differentiable
+from flexure.measuring import twice_differentiable
 from flexure.processes import Processes
 from flexure.train.checkpoint import rng_state, set_rng_state
 
