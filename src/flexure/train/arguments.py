@@ -158,8 +158,8 @@ def asking_input_gradient(
         if names and (how := _compiled(module)):
             raise FlexureError(
                 f"expected a network that can be differentiated twice, as {', '.join(names)} needs "
-                f"it, got {path or 'one'} that is {how}; train the network before that, or pass "
-                f"the one without"
+                f"it, got {f'{path} in it' if path else 'one'} {how}; train the network before "
+                f"compiling it, or pass the one that is not compiled"
             )
     return names
 

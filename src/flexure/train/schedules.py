@@ -17,7 +17,7 @@ __all__ = ["cosine", "imagenette_schedule", "lcnn_schedule", "step_schedule"]
 
 _PROBE_DROPS = MappingProxyType({10: 0.1})
 _IMAGENETTE_DROPS = MappingProxyType({60: 0.2, 120: 0.2, 160: 0.2})
-_LCNN_DROPS = MappingProxyType({150: 0.1, 175: 0.1})
+_LCNN_DROPS = MappingProxyType({3 / 4: 0.1, 7 / 8: 0.1})  # of all updates
 
 
 def step_schedule(
@@ -59,16 +59,20 @@ def imagenette_schedule(steps_per_epoch: int) -> Callable[[int], float]:
     return step_schedule(steps_per_epoch, drops=_IMAGENETTE_DROPS)
 
 
-def lcnn_schedule(steps_per_epoch: int) -> Callable[[int], float]:
-    """The low-curvature networks paper's: no warm-up, x0.1 at epochs 150 and 175.
+def lcnn_schedule(steps_per_epoch: int, *, epochs: int = 200) -> Callable[[int], float]:
+    """The low-curvature networks paper's: no warm-up, x0.1 at 3/4 and at 7/8 of the updates.
+
+    Of the published 200 epochs that is at epochs 150 and 175.
 
     Args:
         steps_per_epoch: updates in one epoch, at least 1.
+        epochs: of the whole run, at least 1.
 
     Raises:
-        FlexureError: `steps_per_epoch` below 1.
+        FlexureError: a count below 1.
     """
-    return step_schedule(steps_per_epoch, warmup_epochs=0, drops=_LCNN_DROPS)
+    total = _count("steps_per_epoch", steps_per_epoch, 1) * _count("epochs", epochs, 1)
+    return _Steps(0, tuple((math.ceil(share * total), drop) for share, drop in _LCNN_DROPS.items()))
 
 
 def cosine(total_steps: int, *, warmup: int = 0, floor: float = 0.0) -> Callable[[int], float]:
