@@ -12,10 +12,12 @@ from flexure.layers.norms import (
 )
 from flexure.layers.of_module import module_norm_bounds
 from flexure.layers.spectral import conv_norm_bound, linear_norm_bound, operator_norm
+from flexure.layers.spectral_norm import SpectralNorm, spectral_norm, spectral_norms
 
 __all__ = [
     "LipschitzBatchNorm",
     "NormBounds",
+    "SpectralNorm",
     "adaptive_avg_pool_norm_bounds",
     "avg_pool_norm_bounds",
     "batch_norm_norm_bounds",
@@ -26,4 +28,6 @@ __all__ = [
     "module_norm_bounds",
     "operator_norm",
     "scale_norm_bounds",
+    "spectral_norm",
+    "spectral_norms",
 ]

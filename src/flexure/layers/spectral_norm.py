@@ -1,0 +1,347 @@
+"""Spectral normalisation of layers: W -> W/σ(W), σ the norm of the layer's whole operator.
+
+A parametrization of the weights of Linear, convolutions and transposed convolutions. How singular
+vectors are found is in `layer_operator.py`; bounds of weights that are given are in `spectral.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from flexure.contracts import FlexureError
+from flexure.layers.geometry import Sizes
+from flexure.layers.layer_operator import LayerOperator, Triple, plain, plainly
+from flexure.layers.of_module import module_norm_bounds
+
+__all__ = ["SpectralNorm", "spectral_norm", "spectral_norms"]
+
+EVERY = 5
+"""Changes of a weight between power iterations."""
+
+TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-7}
+"""Of the norm's square in eval mode, by the dtype that is computed in."""
+
+TOLERANCE = 2e-5
+"""In any other: half of 1e-4 in the norm, with room for rounding."""
+
+VECTORS = 2**25
+"""Entries of Lanczos vectors at most: 128 MiB of float32."""
+
+ENTRIES = 4
+"""Weights, sizes and dtypes whose converged vectors are remembered in eval mode."""
+
+JUMP = 1.25
+"""Growth of the norm in one iteration that one change of training does not explain."""
+
+SETTLED = 1e-3
+"""Growth in one iteration below which iterating after such a jump ends."""
+
+
+def spectral_norm(
+    module: nn.Module, *, input_size: Sizes | None = None, every: int = EVERY
+) -> nn.Module:
+    """Divides the weight of a layer by the l2 norm of the layer's operator, from now on.
+
+    W/σ(W) in place of W (Miyato et al. 2018; for the operator of a convolution, Ryu et al. 2019):
+    the layer's norm is 1, whatever its weight. The operator maps the whole input of one sample to
+    its whole output, with the layer's stride, padding, padding mode, dilation and groups.
+
+    In training mode σ is ⟨G, W⟩ with G = d(uᵀA(W)v)/dW, for unit vectors u and v that a power
+    iteration improves at every `every`-th change of the weight: never above the norm, and a little
+    below it. In eval mode σ is converged to 2e-5 (float64: 1e-7) of its square, whenever the
+    weight's values are not those that it was last converged for. Both depend on the weight, the
+    state dict and the input size alone.
+
+    Inputs of another spatial size than `input_size` are noticed by a forward pre-hook, and the
+    layer is normalised for theirs. A weight of zeros stays zero. In half precision the quotient is
+    rounded to the weight's dtype, so that its norm is 1 only to that dtype's precision.
+    `torch.nn.utils.parametrize.remove_parametrizations(module, "weight")` puts the quotient in the
+    weight's place; call it in eval mode.
+
+    Args:
+        module: a Linear, Conv1d/2d/3d or ConvTranspose1d/2d/3d, which is changed.
+        input_size: the spatial size of its inputs (a number stands for all axes); none for Linear.
+        every: changes of the weight between power iterations in training mode.
+
+    Returns:
+        `module`.
+
+    Raises:
+        FlexureError: another layer, one that is normalised already, a weight that is not finite,
+            `every` below 1, or an `input_size` that is missing or does not fit.
+    """
+    if spectral_norm_of(module) is not None:
+        raise FlexureError(
+            f"expected a layer that is not normalised, got {type(module).__name__} which is; "
+            f"remove_parametrizations(layer, 'weight') undoes it"
+        )
+    if every < 1:
+        raise FlexureError(f"expected every >= 1, got {every}; give 1 to iterate at each change")
+    norm = SpectralNorm(module, input_size=input_size, every=every)
+    parametrize.register_parametrization(module, "weight", norm, unsafe=True)
+    norm.train(module.training)
+    hooks: Any = module._forward_pre_hooks
+    if not any(isinstance(hook, _NoteSize) for hook in hooks.values()):
+        module.register_forward_pre_hook(_NoteSize(), with_kwargs=True)
+    return module
+
+
+def spectral_norms(model: nn.Module) -> dict[str, SpectralNorm]:
+    """The normalisations in a model, by the path of the layer."""
+    found = {path: spectral_norm_of(module) for path, module in model.named_modules()}
+    return {path: norm for path, norm in found.items() if norm is not None}
+
+
+def spectral_norm_of(module: nn.Module) -> SpectralNorm | None:
+    """The normalisation of one layer's weight, if it has one."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    steps: Any = module.parametrizations.weight  # type: ignore[union-attr]
+    return next((step for step in steps if isinstance(step, SpectralNorm)), None)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where the norm of one weight is taken, for one input size."""
+
+    weight: Tensor
+    size: tuple[int, ...]
+    direction: Tensor
+
+    def fits(self, weight: Tensor, size: tuple[int, ...]) -> bool:
+        own = self.weight
+        alike = (own.dtype, own.device, self.size) == (weight.dtype, weight.device, size)
+        return alike and torch.equal(own, weight)
+
+
+class SpectralNorm(nn.Module):
+    """The parametrization W -> W/σ(W); made by `spectral_norm`.
+
+    Attributes:
+        size: spatial size of the inputs that the layer is normalised for.
+        every: changes of the weight between power iterations in training mode.
+        v: `(1, *input)`, the right singular vector of training mode.
+        direction: of the weight's shape, G; σ = ⟨G, W⟩ in training mode.
+        trained_norm: 0-d, σ when the weight last changed in training mode.
+    """
+
+    v: Tensor
+    direction: Tensor
+    trained_norm: Tensor
+
+    def __init__(self, layer: nn.Module, *, input_size: Sizes | None, every: int) -> None:
+        super().__init__()
+        self._operator = LayerOperator(layer)
+        self.every = every
+        self.size = self._operator.checked_size(input_size)
+        self._age = 0
+        self._seen: tuple[int, int] | None = None
+        self._entries: list[_Entry] = []
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        shape = self._operator.input_shape(self.size)
+        drawn_by = torch.Generator().manual_seed(0)
+        v = torch.randn(shape, generator=drawn_by, dtype=torch.float64)
+        self.register_buffer("v", (v / v.norm()).to(weight.device, weight.dtype))
+        self.register_buffer("direction", torch.zeros_like(weight, requires_grad=False))
+        self.register_buffer("trained_norm", weight.new_zeros((), requires_grad=False))
+        if not weight.is_meta:
+            with plainly():
+                self._store(self._converged(plain(weight)))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """W/⟨G, W⟩; a weight of zeros as it is."""
+        return _divided(weight, self._current(weight))
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What to store where `weight` is assigned: itself."""
+        return weight
+
+    @property
+    def norm(self) -> Tensor:
+        """0-d, without a graph: what the weight is divided by now."""
+        weight = self._weight()
+        with torch.no_grad():
+            return _paired(self._current(weight), weight)
+
+    def certified(self) -> float:
+        """An upper bound of the norm of the layer as it is now, never below it (Gram iteration).
+
+        In eval mode the norm itself is 1. The bound is above it by the looseness that
+        `conv_norm_bound` tells of; the layer's input has the spatial size `size`.
+
+        Raises:
+            FlexureError: the weight is not finite.
+        """
+        layer = self._operator.layer
+        shape = self._operator.input_shape(self.size)[1:]
+        with torch.no_grad(), plainly():
+            return module_norm_bounds(layer, shape).spectral
+
+    def _weight(self) -> Tensor:
+        """The weight that is to be normalised."""
+        steps = self._operator.layer.parametrizations.weight
+        weight: Tensor = steps.original
+        for step in steps:
+            if step is self:
+                break
+            weight = step(weight)
+        return weight
+
+    def _current(self, weight: Tensor) -> Tensor:
+        """G for the weight, training mode or eval."""
+        with plainly():
+            values = plain(weight)
+            if not self.training:
+                return self._remembered(values)
+            version = -1 if weight.is_inference() else weight._version
+            self._train((id(weight), version), values)
+            # Graphs keep a copy: the next iteration writes into the buffer.
+            return self.direction.clone()
+
+    def _remembered(self, weight: Tensor) -> Tensor:
+        """G converged for the weight's values."""
+        for entry in self._entries:
+            if entry.fits(weight, self.size):
+                return entry.direction
+        direction = self._converged(weight).direction
+        entry = _Entry(weight.clone(), self.size, direction)
+        self._entries[:] = [entry, *self._entries[: ENTRIES - 1]]
+        return direction
+
+    def _converged(self, weight: Tensor) -> Triple:
+        if not bool(weight.isfinite().all()):
+            raise FlexureError(
+                f"expected a finite weight to normalise in {self._operator.layer!r}, got nan or "
+                f"inf; check the training, or load weights that are finite"
+            )
+        wide = weight.to(_computed_in(weight))
+        tol = TOLERANCES.get(weight.dtype, TOLERANCE)
+        return self._operator.converged(wide, self._start(wide), tol=tol, vectors=VECTORS)
+
+    def _start(self, weight: Tensor) -> Tensor:
+        """The vector of training mode, cropped or padded with zeros to the present size."""
+        v = self.v.to(weight)
+        if v.shape[2:] == self.size:
+            return v
+        ends = [new - old for new, old in zip(self.size, v.shape[2:], strict=True)]
+        return F.pad(v, [width for end in reversed(ends) for width in (0, end)])
+
+    def _train(self, seen: tuple[int, int], weight: Tensor) -> None:
+        """Notes a change of the weight, and iterates when it is time."""
+        resized = self.v.shape[2:] != self.size
+        if seen == self._seen and not resized:
+            return
+        known = self._seen is not None and self._seen[0] == seen[0]
+        self._seen = seen
+        norm = _paired(self.direction, weight)
+        if not (known or resized) and torch.equal(norm.to(self.trained_norm), self.trained_norm):
+            return
+        self._age += 1
+        if self._age >= self.every or resized or not known:
+            self._iterate(weight, norm, forced=self._age >= self.every or resized)
+            norm = _paired(self.direction, weight)
+        self.trained_norm.copy_(norm)
+
+    def _iterate(self, weight: Tensor, norm: Tensor, *, forced: bool) -> None:
+        """A power iteration, and more of them where the weight or the size has jumped.
+
+        Args:
+            weight: plain.
+            norm: ⟨G, W⟩ before.
+            forced: whether to keep the first iteration too where nothing has jumped.
+        """
+        wide = weight.to(_narrow(weight))
+        triple = self._operator.improved(wide, self._start(wide))
+        before, now = float(norm), float(triple.norm)
+        jumped = now > JUMP * before
+        while now > (1 + SETTLED) * before and jumped:
+            triple = self._operator.improved(wide, triple.v)
+            before, now = now, float(triple.norm)
+        if forced or jumped:
+            self._store(triple)
+
+    def _store(self, triple: Triple) -> None:
+        """Takes a triple for training mode, unless it is not finite."""
+        norm = float(triple.norm)
+        if norm - norm != 0:
+            return
+        if self.v.shape != triple.v.shape:
+            self.v = torch.empty_like(triple.v, dtype=self.v.dtype)
+        self.v.copy_(triple.v)
+        self.direction.copy_(triple.direction)
+        self.trained_norm.copy_(triple.norm)
+        # A weight of zeros has no direction: its first change needs one.
+        self._age = 0 if norm > 0 else self.every
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "age"] = torch.tensor(self._age)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, *rest: Any
+    ) -> None:
+        age = state_dict.pop(prefix + "age", None)
+        if age is not None:
+            self._age = int(age)
+        elif strict:
+            missing.append(prefix + "age")
+        v = state_dict.get(prefix + "v")
+        if v is not None and v.shape != self.v.shape and v.shape[:2] == self.v.shape[:2]:
+            self.v = self.v.new_zeros(v.shape)
+            self.size = tuple(v.shape[2:])
+        self._seen = None
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is remembered of this very object's weight."""
+        return {**self.__dict__, "_seen": None, "_entries": []}
+
+    def extra_repr(self) -> str:
+        """What it was made with."""
+        return f"size={self.size}, every={self.every}"
+
+
+class _NoteSize:
+    """A forward pre-hook that tells the normalisation how large the inputs are."""
+
+    def __call__(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        norm = spectral_norm_of(layer)
+        x = args[0] if args else kwargs.get("input")
+        if norm is None or not norm.size or not isinstance(x, Tensor):
+            return
+        if (args[1:] and args[1] is not None) or kwargs.get("output_size") is not None:
+            raise FlexureError(
+                "expected a transposed convolution that is called without output_size, which "
+                "changes its norm; give the layer an output_padding"
+            )
+        size = tuple(x.shape[-len(norm.size) :])
+        if size != norm.size:
+            norm.size = size
+
+
+def _divided(weight: Tensor, direction: Tensor) -> Tensor:
+    norm = _paired(direction, weight)
+    return (weight / torch.where(norm == 0, 1.0, norm)).to(weight.dtype)
+
+
+def _paired(direction: Tensor, weight: Tensor) -> Tensor:
+    """⟨G, W⟩, in float32 at least."""
+    wide = _narrow(weight)
+    return (direction.to(wide) * weight.to(wide)).sum()
+
+
+def _narrow(weight: Tensor) -> torch.dtype:
+    """The dtype of training mode: the weight's, float32 at least."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _computed_in(weight: Tensor) -> torch.dtype:
+    """The dtype to converge in: float64 on CUDA, where float32 may be convolved in 11 bits."""
+    return torch.float64 if weight.device.type == "cuda" else _narrow(weight)
