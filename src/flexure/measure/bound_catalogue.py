@@ -1,23 +1,25 @@
-"""Which operations of a network have a bound of their curvature, and by which rule.
+"""Which operations of a network have bounds of slope and curvature, and by which rule.
 
 `Bounding` carries a node of a graph along through a network's own code; its table is here. How
-rules make nodes is in `bound_rules.py` and `bound_layers.py`.
+rules make nodes is in `bound_rules.py`, `bound_layers.py` and `bound_maxima.py`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from flexure.contracts import FlexureError
 from flexure.measure.bound_layers import (
+    JUMP,
     KINK,
-    MAXIMUM,
     PRODUCT,
     TRAINING,
     UNBOUNDED,
@@ -31,8 +33,17 @@ from flexure.measure.bound_layers import (
     matmul,
     pad,
 )
+from flexure.measure.bound_maxima import (
+    MAXIMUM,
+    adaptive_max_pool,
+    larger,
+    largest,
+    largest_along,
+    max_pool,
+)
 from flexure.measure.bound_rules import (
     BoundRule,
+    Graph,
     Signal,
     bent,
     concatenated,
@@ -61,18 +72,24 @@ from flexure.units.bounds import (
 )
 from flexure.units.functional import centered_softplus, ctu
 
-__all__ = ["Bounding"]
+__all__ = ["Bounding", "place"]
 
 
 class Bounding(Carrying):
     """A tensor that carries the node of a graph of bounds, a `Signal`."""
 
     subject = "bound of the Hessian"
+    graph: ClassVar[type[Graph]] = Graph
     carried: Signal
+
+    @classmethod
+    def at(cls, x: Tensor) -> Self:
+        """The input of a network, in a graph of its own."""
+        return cls.of(x, Signal(cls.graph(x.shape), 0))
 
     def constant(self, primal: Tensor) -> Bounding:
         """A value that does not depend on the input: a sum of nothing."""
-        return Bounding.of(primal, scaled(self.carried, constant(0.0)))
+        return type(self).of(primal, scaled(self.carried, constant(0.0)))
 
     @classmethod
     def unit_rule(cls, name: str, x: Any, *dials: Any) -> Any:
@@ -96,7 +113,8 @@ def _spelled(rule: BoundRule) -> Rule:
     """A rule of signals as a rule of carriers; it returns None where the value is a constant."""
 
     def run(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        if not any(True for _ in carriers_in((args, kwargs))):
+        carrier = next(carriers_in((args, kwargs)), None)
+        if carrier is None:
             return function(*args, **kwargs)
         # Before the value: what is refused must not draw random numbers.
         try:
@@ -107,19 +125,21 @@ def _spelled(rule: BoundRule) -> Rule:
         if signals is None:
             return value
         if isinstance(value, Tensor):
-            return _carrier(value, signals)
-        return type(value)(_carrier(v, s) for v, s in zip(value, signals, strict=True))
+            return _carried(type(carrier), value, signals)
+        return type(value)(
+            _carried(type(carrier), v, s) for v, s in zip(value, signals, strict=True)
+        )
 
     return run
 
 
-def _carrier(value: Tensor, signal: Signal) -> Bounding:
+def _carried(carrier: type[Carrying], value: Tensor, signal: Signal) -> Carrying:
     if not value.is_floating_point() or value.shape != signal.shape:
         raise Unsupported(
             f"its result ({value.dtype}, {tuple(value.shape)}) is not what a linear map or an "
             f"activation gives; write it with ordinary operations"
         )
-    return Bounding.of(value, signal)
+    return carrier.of(value, signal)
 
 
 def _signals_in(args: Any) -> Any:
@@ -168,7 +188,7 @@ def _copy(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     x, y = args[0], args[1]
     if not isinstance(y, Bounding):
         return y.to(x.dtype).expand(x.shape)
-    return Bounding.of(y.primal.to(x.dtype).expand(x.shape), _expanded(y.carried, x.shape))
+    return type(y).of(y.primal.to(x.dtype).expand(x.shape), _expanded(y.carried, x.shape))
 
 
 def _expanded(x: Signal, shape: torch.Size) -> Signal:
@@ -181,10 +201,13 @@ def _dropout(function: Any, x: Signal, p: float = 0.5, training: bool = True) ->
     return x
 
 
-def _smooth(bounds: Callable[..., UnitBounds]) -> BoundRule:
+def _elementwise(bounds: Callable[..., UnitBounds]) -> BoundRule:
     """The rule of an activation, from its parameters to its largest slope and curvature."""
 
-    def rule(function: Any, x: Signal, *args: Any, **kwargs: Any) -> Signal:
+    def rule(function: Any, x: Any, *args: Any, **kwargs: Any) -> Signal:
+        others = (*args, *kwargs.values())
+        if not isinstance(x, Signal) or any(isinstance(each, Signal) for each in others):
+            raise Unsupported("its parameters depend on the input; let its input alone do")
         try:
             found = bounds(*args, **kwargs)
         except FlexureError as error:  # of parameters without bounds
@@ -195,12 +218,34 @@ def _smooth(bounds: Callable[..., UnitBounds]) -> BoundRule:
 
 
 def _bend(x: Signal, bounds: UnitBounds) -> Signal:
-    if not bool(torch.isfinite(constant(bounds.curvature)).all()):
+    if not x.graph.kinks and not bool(torch.isfinite(constant(bounds.curvature)).all()):
         raise Unsupported(KINK)
-    return bent(x, bounds.lipschitz, bounds.curvature, _place())
+    return bent(x, bounds.lipschitz, bounds.curvature, place())
 
 
-def _place() -> str:
+def _prelu(function: Any, x: Signal, weight: Any) -> Signal:
+    """Its slopes are one for all, or one a channel, which are axis 1."""
+    weight = constant(weight)
+    slopes = weight.reshape(() if weight.numel() == 1 else (-1, *(1,) * (len(x.shape) - 2)))
+    return _bend(x, unit_bounds("prelu", slope=slopes))
+
+
+def _rrelu(
+    function: Any, x: Signal, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False
+) -> Signal:
+    """In eval mode its slope is the mean of the two."""
+    if training:
+        raise Unsupported(TRAINING)
+    return _bend(x, unit_bounds("leaky_relu", slope=(lower + upper) / 2))
+
+
+def _threshold(threshold: float, value: float) -> UnitBounds:
+    if threshold != value:
+        raise Unsupported(JUMP)
+    return unit_bounds("relu")
+
+
+def place() -> str:
     """The site that a unit stands for, or the path of the module that runs."""
     found = running_module()
     if found is None:
@@ -220,7 +265,16 @@ _UNITS: Mapping[str, tuple[Callable[..., Tensor], Callable[..., UnitBounds]]] = 
 }
 """The units of `flexure.units`: the function, and what bounds its derivatives."""
 
-_SMOOTH: Mapping[str, Callable[..., UnitBounds]] = {
+_ACTIVATIONS: Mapping[str, Callable[..., UnitBounds]] = {
+    "relu": partial(unit_bounds, "relu"),
+    "leaky_relu": lambda negative_slope=0.01: unit_bounds("leaky_relu", slope=negative_slope),
+    "relu6 hardtanh clamp clip clamp_min clamp_max": lambda *_, **__: unit_bounds("hardtanh"),
+    "softshrink": lambda lambd=0.5: unit_bounds("softshrink"),
+    "threshold": _threshold,
+    "hardswish": partial(unit_bounds, "hardswish"),
+    "hardsigmoid": partial(unit_bounds, "hardsigmoid"),
+    "selu": partial(unit_bounds, "selu"),
+    "abs absolute": lambda: UnitBounds(-1.0, 1.0, math.inf),
     "tanh": partial(unit_bounds, "tanh"),
     "sigmoid expit": partial(unit_bounds, "sigmoid"),
     "silu": partial(unit_bounds, "silu"),
@@ -237,8 +291,8 @@ _SMOOTH: Mapping[str, Callable[..., UnitBounds]] = {
     "celu": lambda alpha=1.0: unit_bounds("celu", alpha=alpha),
     "sin cos": lambda: UnitBounds(-1.0, 1.0, 1.0),
 }
-"""Activations by their names in PyTorch; those whose slope jumps for these parameters are refused
-all the same."""
+"""Activations by their names in PyTorch. Those whose slope jumps for these parameters are refused
+where the graph has no kinks."""
 
 _MOVES = (
     "view view_as reshape reshape_as flatten unflatten ravel permute transpose swapaxes swapdims "
@@ -251,15 +305,10 @@ _MOVES = (
 _JOINS = "cat concat concatenate stack hstack vstack dstack column_stack where"
 _SAME = "neg negative positive clone contiguous to double half bfloat16 type_as cpu cuda"
 _DROPOUTS = "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout"
-_KINKS = (
-    "relu relu6 leaky_relu prelu rrelu threshold hardtanh hardswish hardsigmoid hardshrink "
-    "softshrink selu abs absolute clamp clip clamp_min clamp_max sign round floor ceil trunc frac"
-)
-_MAXIMA = (
-    "max min maximum minimum fmax fmin amax amin aminmax max_pool1d max_pool2d max_pool3d "
-    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices "
-    "max_pool2d_with_indices max_pool3d_with_indices fractional_max_pool2d sort topk median "
-    "kthvalue"
+_JUMPS = "hardshrink sign round floor ceil trunc frac"
+_CHOICES = (
+    "aminmax max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices "
+    "fractional_max_pool2d sort topk median kthvalue"
 )
 _NO_BOUND = (
     "layer_norm group_norm instance_norm rms_norm local_response_norm normalize softmax "
@@ -270,8 +319,8 @@ _NO_BOUND = (
 
 _RULES: Mapping[Any, Rule] = {
     **GENERAL,
-    _KINKS: refused(KINK),
-    _MAXIMA: refused(f"its slope jumps where another element becomes the largest; {MAXIMUM}"),
+    _JUMPS: refused(JUMP),
+    _CHOICES: refused(f"it gives what depends on which element is the largest; {MAXIMUM}"),
     _NO_BOUND: refused(UNBOUNDED),
     _MOVES: _spelled(moved),
     _JOINS: _spelled(concatenated),
@@ -294,7 +343,14 @@ _RULES: Mapping[Any, Rule] = {
     "avg_pool2d avg_pool3d": _spelled(avg_pool),
     "pad": _spelled(pad),
     "masked_fill": _spelled(masked_fill),
-    **{name: _spelled(_smooth(bounds)) for name, bounds in _SMOOTH.items()},
+    "prelu": _spelled(_prelu),
+    "rrelu": _spelled(_rrelu),
+    **{f"max_pool{n}d": _spelled(partial(max_pool, n)) for n in (1, 2, 3)},
+    **{f"adaptive_max_pool{n}d": _spelled(partial(adaptive_max_pool, n)) for n in (1, 2, 3)},
+    "max min": _spelled(largest),
+    "amax amin": _spelled(largest_along),
+    "maximum minimum fmax fmin": _spelled(larger),
+    **{name: _spelled(_elementwise(bounds)) for name, bounds in _ACTIVATIONS.items()},
 }
 
 Bounding.rules = rule_table(_RULES)

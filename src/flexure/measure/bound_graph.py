@@ -33,6 +33,7 @@ __all__ = [
     "LinearMap",
     "Node",
     "Reach",
+    "Selection",
     "Sum",
     "Term",
     "backward",
@@ -124,6 +125,34 @@ class LinearMap:
     def _largest(self) -> float:
         """No entry of |T| exceeds its row's sum or its column's."""
         return min(_largest(self.row_sums), _largest(self.column_sums))
+
+
+class Selection(LinearMap):
+    """Maxima over windows: between two inputs they differ by a T that depends on both.
+
+    The difference of two maxima is a mean of the differences of the elements that are largest at
+    one or the other: T's rows are means over windows. |T| u is at most the maxima of u >= 0, its
+    row sums are 1, and |T|ᵀ v at most each element's sum over the windows that it is in. So
+    ‖T‖₂ is at most the root of the largest number of windows that an element is in.
+
+    Args:
+        maxima: of a non-negative tensor of `shape`.
+        shape: as in `LinearMap`.
+        sums: over the same windows, linear.
+    """
+
+    def __init__(
+        self,
+        maxima: Callable[[Tensor], Tensor],
+        shape: Sequence[int],
+        sums: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__(maxima, shape)
+        self.sums = sums
+
+    def pulled(self, bounds: Tensor) -> Tensor:
+        """At least |T|ᵀ of `(K, *output shape)`, whatever T: `(K, *shape)`."""
+        return _transposed(self.sums, self.shape, bounds)
 
 
 @dataclass(frozen=True, eq=False)

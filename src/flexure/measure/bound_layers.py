@@ -18,8 +18,8 @@ from flexure.measure.bound_rules import Signal, constant, moved, scaled, weighte
 from flexure.measure.propagate import Unsupported
 
 __all__ = [
+    "JUMP",
     "KINK",
-    "MAXIMUM",
     "PRODUCT",
     "TRAINING",
     "UNBOUNDED",
@@ -38,10 +38,10 @@ KINK = (
     "its slope jumps, so that its second derivative has no bound; steer it (flexure.steer with "
     "beta < 1), or use flexure.units.centered_softplus in its place"
 )
-MAXIMUM = "average in place of taking the maximum (nn.AvgPool2d for nn.MaxPool2d)"
+JUMP = "its value jumps: nothing bounds its slope; leave it out"
 UNBOUNDED = (
-    "its first or second derivative has no bound over all inputs, so that the network's Hessian "
-    "has none that this can see; use flexure.curvature on data instead"
+    "its first or second derivative has no bound over all inputs, so that the network has none "
+    "that this can see; use flexure.curvature on data instead"
 )
 PRODUCT = "a product of two values that depend on the input: " + UNBOUNDED
 TRAINING = (

@@ -11,23 +11,35 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from flexure.contracts import FlexureError
 from flexure.layers.spectral import power_of_two
-from flexure.measure.bound_graph import WIDE, Bend, Input, LinearMap, Node, Sum, Term
+from flexure.measure.bound_graph import (
+    WIDE,
+    Bend,
+    Input,
+    LinearMap,
+    Node,
+    Selection,
+    Sum,
+    Term,
+)
 
 __all__ = [
     "BoundRule",
     "Graph",
     "Signal",
     "bent",
+    "concatenated",
     "constant",
     "moved",
+    "parents_of",
     "scaled",
+    "selected",
     "shifted",
     "summed",
     "weighted",
@@ -41,8 +53,11 @@ class Graph:
         shape: of the input, with the batch dimension of 1.
 
     Attributes:
+        kinks: whether functions whose slope jumps are nodes: they have no curvature.
         nodes: parents come before their children; nodes that nothing depends on do no harm.
     """
+
+    kinks: ClassVar[bool] = False
 
     def __init__(self, shape: torch.Size) -> None:
         self.nodes: list[Node] = [Input(tuple(shape))]
@@ -57,7 +72,7 @@ class Graph:
         found = {output}
         for index in range(output, -1, -1):
             if index in found:
-                found.update(_parents(self.nodes[index]))
+                found.update(parents_of(self.nodes[index]))
         return sorted(found)
 
 
@@ -177,6 +192,15 @@ def shifted(signal: Signal, shift: Any) -> Signal:
     return result
 
 
+def selected(
+    signal: Signal, maxima: Callable[[Tensor], Tensor], sums: Callable[[Tensor], Tensor]
+) -> Signal:
+    """Maxima over windows of the signal; `sums` are those over the same windows."""
+    selection = Selection(maxima, signal.shape, sums)
+    shape = maxima(torch.zeros(signal.shape, **WIDE)).shape
+    return signal.graph.add(Sum(tuple(shape), (Term(signal.index, selection),)))
+
+
 def bent(signal: Signal, slope: Any, curvature: Any, name: str) -> Signal:
     """An activation, by its largest |φ'| and |φ''|, which broadcast over the signal.
 
@@ -198,15 +222,16 @@ def constant(value: Any) -> Tensor:
     return torch.as_tensor(value, **WIDE).detach()
 
 
-def _broadcast(*shapes: Sequence[int]) -> torch.Size:
-    shape: torch.Size = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
-    return shape
-
-
-def _parents(node: Node) -> list[int]:
+def parents_of(node: Node) -> list[int]:
+    """Positions of the nodes that a node is computed from."""
     if isinstance(node, Bend):
         return [node.parent]
     return [term.parent for term in node.terms] if isinstance(node, Sum) else []
+
+
+def _broadcast(*shapes: Sequence[int]) -> torch.Size:
+    shape: torch.Size = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+    return shape
 
 
 def _replayed(function: Callable[..., Any], args: Any, kwargs: Any, *, disjoint: bool) -> Any:

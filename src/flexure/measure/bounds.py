@@ -9,7 +9,6 @@ does to them, in `bound_catalogue.py`. What the curvature is at given inputs, `c
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexure.calling import logits_of
 from flexure.contracts import FlexureError
 from flexure.measure.bound_catalogue import Bounding
 from flexure.measure.bound_graph import (
@@ -32,8 +30,7 @@ from flexure.measure.bound_graph import (
     rounding,
 )
 from flexure.measure.bound_rules import Graph, Signal
-from flexure.measure.fields import measuring
-from flexure.measuring import unchanged_randomness, uncompiled
+from flexure.measure.bound_trace import bounded, table_of
 
 __all__ = ["Contribution", "HessianBound", "hessian_bound"]
 
@@ -145,7 +142,8 @@ class HessianBound:
         return text + overflow
 
     def __str__(self) -> str:
-        return "\n".join([*_table(self.rows()), self.summary])
+        rows = table_of(self.rows()) or ["no activation: the logits are affine"]
+        return "\n".join([*rows, self.summary])
 
 
 def hessian_bound(model: nn.Module, input_shape: Sequence[int]) -> HessianBound:
@@ -191,23 +189,7 @@ def hessian_bound(model: nn.Module, input_shape: Sequence[int]) -> HessianBound:
         >>> round(float(hessian_bound(model, (1,)).logits), 6)  # 2 · max|tanh''| · 2²
         6.158403
     """
-    x = _zeros(model, input_shape)
-    with unchanged_randomness(x.device), measuring(model), torch.no_grad(), uncompiled():
-        return _bounded(_traced(model, x))
-
-
-def _zeros(model: nn.Module, input_shape: Any) -> Tensor:
-    """One input, of the dtype and on the device of the model's weights."""
-    if not isinstance(input_shape, Sequence) or not all(
-        isinstance(size, int) and size >= 0 for size in input_shape
-    ):
-        raise FlexureError(
-            f"expected input_shape to be the sizes of one input, got {input_shape!r}; give "
-            f"for example (3, 32, 32)"
-        )
-    held = itertools.chain(model.parameters(), model.buffers())
-    like = next((each for each in held if each.is_floating_point()), torch.zeros(()))
-    return like.detach().new_zeros((1, *input_shape))
+    return bounded(model, input_shape, Bounding, _bounded)
 
 
 def _bounded(output: Signal) -> HessianBound:
@@ -232,28 +214,6 @@ def _bounded(output: Signal) -> HessianBound:
         lipschitz=up * min(reach[output.index].norm, float(to_input)),
         contributions=rows,
     )
-
-
-def _traced(model: nn.Module, x: Tensor) -> Signal:
-    """The node of the logits, in the graph of one forward pass."""
-    try:
-        logits = logits_of(model(Bounding.of(x, Signal(Graph(x.shape), 0))))
-    except RuntimeError as error:
-        raise FlexureError(
-            f"expected a model that takes one input of shape {tuple(x.shape)}, got an error "
-            f"({error}); give input_shape without the batch dimension"
-        ) from error
-    if not isinstance(logits, Bounding):
-        raise FlexureError(
-            "expected logits that depend on the input by operations that a bound of the Hessian "
-            "can follow, got none that do; give the network itself"
-        )
-    if logits.primal.dim() != 2 or len(logits.primal) != 1:
-        raise FlexureError(
-            f"expected logits of shape (1, K) for one input, got {tuple(logits.primal.shape)}; "
-            f"give input_shape without the batch dimension, and a model that keeps it"
-        )
-    return logits.carried
 
 
 def _unit_seeds(classes: int, rows: int) -> Iterator[Tensor]:
@@ -295,13 +255,3 @@ def _positive(name: str, value: float) -> float:
             f"expected {name} to be positive and finite, got {value}; the bound has no ratio to it"
         )
     return value
-
-
-def _table(rows: list[dict[str, str]]) -> list[str]:
-    if not rows:
-        return ["no activation: the logits are affine"]
-    header = list(rows[0])
-    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in header}
-    lines = ["  ".join(key.ljust(widths[key]) for key in header).rstrip()]
-    lines.append("  ".join("-" * widths[key] for key in header))
-    return lines + ["  ".join(r[key].ljust(widths[key]) for key in header).rstrip() for r in rows]

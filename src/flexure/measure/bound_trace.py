@@ -1,0 +1,89 @@
+"""Running a network on carriers of bounds: one input of zeros, eval mode, everything put back.
+
+What the carriers do is in `bound_catalogue.py`; what is made of the graph that they leave, in
+`bounds.py` and `lipschitz.py`. Their tables are printed from here too.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from flexure.calling import logits_of
+from flexure.contracts import FlexureError
+from flexure.measure.bound_catalogue import Bounding
+from flexure.measure.bound_rules import Signal
+from flexure.measure.fields import measuring
+from flexure.measuring import unchanged_randomness, uncompiled
+
+__all__ = ["bounded", "table_of"]
+
+T = TypeVar("T")
+
+
+def bounded(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    carrier: type[Bounding],
+    bounds: Callable[[Signal], T],
+) -> T:
+    """`bounds` of the node of the logits, in the graph of one forward pass.
+
+    Raises:
+        FlexureError: an operation that the carrier refuses; or the model does not take the input,
+            or its output is not (1, K).
+    """
+    x = _zeros(model, input_shape)
+    with unchanged_randomness(x.device), measuring(model), torch.no_grad(), uncompiled():
+        return bounds(_traced(model, carrier.at(x)))
+
+
+def table_of(rows: list[dict[str, str]]) -> list[str]:
+    """The lines of a table: one dict a row, by column."""
+    if not rows:
+        return []
+    header = list(rows[0])
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in header}
+    lines = ["  ".join(key.ljust(widths[key]) for key in header).rstrip()]
+    lines.append("  ".join("-" * widths[key] for key in header))
+    return lines + ["  ".join(r[key].ljust(widths[key]) for key in header).rstrip() for r in rows]
+
+
+def _zeros(model: nn.Module, input_shape: Any) -> Tensor:
+    """One input, of the dtype and on the device of the model's weights."""
+    if not isinstance(input_shape, Sequence) or not all(
+        isinstance(size, int) and size >= 0 for size in input_shape
+    ):
+        raise FlexureError(
+            f"expected input_shape to be the sizes of one input, got {input_shape!r}; give "
+            f"for example (3, 32, 32)"
+        )
+    held = itertools.chain(model.parameters(), model.buffers())
+    like = next((each for each in held if each.is_floating_point()), torch.zeros(()))
+    return like.detach().new_zeros((1, *input_shape))
+
+
+def _traced(model: nn.Module, x: Bounding) -> Signal:
+    """The node of the logits, in the graph of one forward pass."""
+    try:
+        logits = logits_of(model(x))
+    except RuntimeError as error:
+        raise FlexureError(
+            f"expected a model that takes one input of shape {tuple(x.shape)}, got an error "
+            f"({error}); give input_shape without the batch dimension"
+        ) from error
+    if not isinstance(logits, Bounding):
+        raise FlexureError(
+            "expected logits that depend on the input by operations that a "
+            f"{x.subject} can follow, got none that do; give the network itself"
+        )
+    if logits.primal.dim() != 2 or len(logits.primal) != 1:
+        raise FlexureError(
+            f"expected logits of shape (1, K) for one input, got {tuple(logits.primal.shape)}; "
+            f"give input_shape without the batch dimension, and a model that keeps it"
+        )
+    return logits.carried
