@@ -16,6 +16,7 @@ __all__ = [
     "AdaptationMethod",
     "AdapterError",
     "AddressError",
+    "Attack",
     "Batches",
     "BudgetError",
     "DataError",
@@ -250,6 +251,33 @@ class Perturbation(Protocol):
 
     def __call__(self, step: Step) -> Any:
         """The changed `step.x`; `step.output` must not be used."""
+        ...
+
+
+class Attack(Protocol):
+    """A search for inputs near x that a model gets wrong: a frozen dataclass of its settings.
+
+    The harness (`flexure.robust_accuracy`) projects what it returns, checks it and scores it again.
+    """
+
+    @property
+    def norm(self) -> str:
+        """The norm that the radius is meant in: a row of `attacks.norms.NORMS`."""
+        ...
+
+    def run(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, eps: float, generator: Generator
+    ) -> Tensor:
+        """Changed inputs (B, *shape), a new tensor.
+
+        Args:
+            model: gives logits (B, classes); its attribute `bounds`, if it has one, is the
+                (lowest, highest) value of its inputs.
+            x: (B, *shape), not to be changed.
+            y: (B,) int64 labels.
+            eps: the radius, above 0, in units of x.
+            generator: of the CPU; everything random is drawn from it.
+        """
         ...
 
 
