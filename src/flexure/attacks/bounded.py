@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flexure.contracts import FlexureError
 
-__all__ = ["Bounded", "limits_of"]
+__all__ = ["Bounded", "check_within", "limits_of"]
 
 
 class Bounded(nn.Module):
@@ -105,6 +105,20 @@ def limits_of(model: nn.Module) -> tuple[float, float]:
     """
     bounds = _checked_bounds(getattr(model, "bounds", None))
     return (-math.inf, math.inf) if bounds is None else bounds
+
+
+def check_within(x: Tensor, limits: tuple[float, float]) -> None:
+    """Refuses inputs outside of a model's limits, or not finite.
+
+    Raises:
+        FlexureError: see above.
+    """
+    low, high = (float(end) for end in x.detach().aminmax())
+    if not (limits[0] <= low and high <= limits[1] and abs(low) + abs(high) < math.inf):
+        raise FlexureError(
+            f"expected finite inputs within the bounds {limits}, got values from {low:.4g} to "
+            f"{high:.4g}; give inputs before normalisation (pixels / 255), or other bounds"
+        )
 
 
 def _checked_bounds(bounds: Any) -> tuple[float, float] | None:
