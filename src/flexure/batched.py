@@ -115,7 +115,8 @@ def lanczos(
         krylov.extend(product(newest, rows.to(start.device)).reshape(len(rows), size))
         ritz = krylov.largest()
         known = ritz.residual <= tol * ritz.value.abs()
-        known &= krylov.spans | krylov.excludes((1 + 2 * tol) * ritz.value.abs(), doubt)
+        if known.any():  # the second condition takes longer to tell
+            known &= krylov.spans | krylov.excludes((1 + 2 * tol) * ritz.value.abs(), doubt)
         known &= krylov.finite
         over = known | krylov.spans | ~krylov.finite
         if krylov.length >= max_products:
@@ -207,7 +208,8 @@ class _Krylov:
     """
 
     def __init__(self, start: Tensor, share: float) -> None:
-        self.vectors = (start / norms(start)[:, None]).unsqueeze(1)
+        self._room = (start / norms(start)[:, None]).unsqueeze(1)
+        self._held = 1
         self.matrix = torch.zeros(len(start), 0, 0, dtype=torch.float64)
         self.next = torch.ones(len(start), dtype=torch.float64)
         self.spans = torch.zeros(len(start), dtype=torch.bool)
@@ -221,6 +223,17 @@ class _Krylov:
     def length(self) -> int:
         """Products so far."""
         return self.matrix.shape[1]
+
+    @property
+    def vectors(self) -> Tensor:
+        """The bases, (B, length + 1, size)."""
+        return self._room[:, : self._held]
+
+    def _append(self, unit: Tensor) -> None:
+        if self._held == self._room.shape[1]:  # copied log(length) times, not every time
+            self._room = torch.cat([self._room, torch.empty_like(self._room)], 1)
+        self._room[:, self._held] = unit
+        self._held += 1
 
     def extend(self, image: Tensor) -> None:
         """Takes in the product with the newest vector, and finds the next vector."""
@@ -245,7 +258,7 @@ class _Krylov:
         unit = rest / torch.where(length > 0, length, 1.0)[:, None]
         if fresh.any():
             unit[fresh.to(unit.device)] = self._outside(fresh)
-        self.vectors = torch.cat([self.vectors, unit.unsqueeze(1)], 1)
+        self._append(unit)
         self.next[self.spans | ~self.finite] = 0.0
 
     @property
@@ -318,7 +331,7 @@ class _Krylov:
         """Forgets the other samples."""
         if rows.all():
             return
-        self.vectors = self.vectors[rows.to(self.vectors.device)]
+        self._room = self.vectors[rows.to(self.vectors.device)]
         self.matrix, self.next = self.matrix[rows], self.next[rows]
         self.spans, self.finite = self.spans[rows], self.finite[rows]
         self.fresh = self.fresh[rows]
