@@ -28,8 +28,8 @@ EVERY = 5
 TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-7}
 """Of the norm's square in eval mode, by the dtype that is computed in."""
 
-TOLERANCE = 2e-5
-"""In any other: half of 1e-4 in the norm, with room for rounding."""
+TOLERANCE = 1e-4
+"""In any other: half of it in the norm."""
 
 VECTORS = 2**25
 """Entries of Lanczos vectors at most: 128 MiB of float32."""
@@ -55,7 +55,7 @@ def spectral_norm(
 
     In training mode σ is ⟨G, W⟩ with G = d(uᵀA(W)v)/dW, for unit vectors u and v that a power
     iteration improves at every `every`-th change of the weight: never above the norm, and a little
-    below it. In eval mode σ is converged to 2e-5 (float64: 1e-7) of its square, whenever the
+    below it. In eval mode σ is converged to 5e-5 (float64: 5e-8) of itself, whenever the
     weight's values are not those that it was last converged for. Both depend on the weight, the
     state dict and the input size alone.
 
