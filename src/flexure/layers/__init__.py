@@ -11,12 +11,14 @@ from flexure.layers.norms import (
     scale_norm_bounds,
 )
 from flexure.layers.of_module import module_norm_bounds
+from flexure.layers.residual import ResidualSum
 from flexure.layers.spectral import conv_norm_bound, linear_norm_bound, operator_norm
 from flexure.layers.spectral_norm import SpectralNorm, spectral_norm, spectral_norms
 
 __all__ = [
     "LipschitzBatchNorm",
     "NormBounds",
+    "ResidualSum",
     "SpectralNorm",
     "adaptive_avg_pool_norm_bounds",
     "avg_pool_norm_bounds",
