@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flexure.contracts import FlexureError
-from flexure.surgery.routing import run_as_python
+from flexure.surgery.frames import run_as_python
 
 __all__ = [
     "InPlace",

@@ -7,7 +7,6 @@ here.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from typing import Generic, TypeVar
 from torch import nn
 
 from flexure.contracts import SiteError
+from flexure.surgery.frames import forget_compiled, framed
 from flexure.surgery.replace import HOOKS
-from flexure.surgery.routing import Enter, Guard, Leave, RoutedUnits
+from flexure.surgery.routing import Guard, RoutedUnits, Routing
 from flexure.surgery.sites import Site, SiteReport
 
 __all__ = ["Installation", "Plan", "install", "plan"]
@@ -177,17 +177,9 @@ def _route(
             (activation, None if name is None else units[name], name) for activation, name in route
         )
         module = modules[caller]
-        undo.callback(module.register_forward_pre_hook(Enter(caller, calls, what.complete)).remove)
-        undo.callback(module.register_forward_hook(Leave(caller), always_call=True).remove)
-    # torch.compile does not guard on the hooks of inner modules: what it compiled before would
-    # run on without them, and what it compiles now would go on with them after they are gone.
-    _forget_compiled()
-    undo.callback(_forget_compiled)
-
-
-def _forget_compiled() -> None:
-    if "torch._dynamo" in sys.modules:
-        sys.modules["torch._dynamo"].reset()
+        undo.callback(framed(Routing, module, caller, calls, strict=what.complete))
+    forget_compiled()
+    undo.callback(forget_compiled)
 
 
 def _close_fast_path(module: nn.Module, undo: ExitStack) -> None:
