@@ -13,6 +13,9 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from flexure.contracts import FlexureError
+from flexure.layers import LipschitzBatchNorm, spectral_norm
+from flexure.layers.residual import ResidualSum
+from flexure.units import CenteredSoftplus
 
 __all__ = [
     "RESIDUAL_FACTORS",
@@ -97,22 +100,16 @@ class FlatBuilder(Builder):
         gamma: the BatchNorms' Lipschitz constant at the start.
         factor: what residual sums are multiplied by.
         """
-        from flexure.units import CenteredSoftplus
-
         super().__init__(activation or (lambda: CenteredSoftplus(beta)))
         self.gamma = gamma
         self.factor = factor
 
     def norm(self, channels: int) -> nn.Module:
         """BatchNorm whose Lipschitz constant is at most gamma."""
-        from flexure.layers import LipschitzBatchNorm
-
         return LipschitzBatchNorm(channels, gamma=self.gamma)
 
     def add(self) -> Callable[[Tensor, Tensor], Tensor]:
         """`factor * (a + b)`."""
-        from flexure.layers import ResidualSum
-
         return ResidualSum(self.factor)
 
     def pool(self) -> nn.Module:
@@ -121,8 +118,6 @@ class FlatBuilder(Builder):
 
     def finish(self, model: nn.Module) -> None:
         """Initialises, then normalises every convolution and linear layer."""
-        from flexure.layers import spectral_norm
-
         super().finish(model)
         layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         for layer in layers:

@@ -28,9 +28,6 @@ __all__ = ["NETWORKS", "load_own"]
 
 _Options: TypeAlias = Mapping[str, Callable[[str, str], Any]]
 
-_STACK = 4
-"""From a warning to `load_model`'s caller."""
-
 
 def load_own(rest: str) -> LoadedModel:
     """`flexure:NAME[?weights=FILE][&seed=0]` with the network's own options.
@@ -61,7 +58,7 @@ def load_own(rest: str) -> LoadedModel:
     path = options.get("weights")
     file = None if path is None else existing_path(path, folder=False)
     if file is None:
-        warn(f"flexure:{name} without ?weights=FILE has random weights", stacklevel=_STACK)
+        warn(f"flexure:{name} without ?weights=FILE has random weights", stacklevel=3)
     elif "num_classes" in network.options:
         settings.update(_classes(file, network.head))
     model = _built(network, settings, seed, rest)
