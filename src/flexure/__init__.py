@@ -45,6 +45,7 @@ __all__ = [
     "CurvatureRate",
     "DataError",
     "Discrepancy",
+    "FlatTraining",
     "FlexureError",
     "FullFinetune",
     "GradientChange",
@@ -90,6 +91,7 @@ __all__ = [
     "sites",
     "sobolev_seminorm",
     "steer",
+    "train_flat",
     "tune",
     "units",
 ]
@@ -100,6 +102,7 @@ _LAZY = {
     "Calibration": "measure.calibration",
     "CurvatureRate": "measure.rate",
     "Discrepancy": "measure.discrepancy",
+    "FlatTraining": "methods.flat_result",
     "GradientChange": "measure.robustness_of_gradients",
     "HessianBound": "measure.bounds",
     "LipschitzBound": "measure.lipschitz",
@@ -123,6 +126,7 @@ _LAZY = {
     "report": None,
     "robust_accuracy": "attacks.evaluate",
     "sobolev_seminorm": "measure.sobolev",
+    "train_flat": "methods.flat",
     "tune": "methods.tune",
 }
 """Names that load when first used: a module, or what is in one."""

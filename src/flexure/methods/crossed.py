@@ -80,7 +80,7 @@ def crossed_mean(table: Tensor) -> CrossedMean:
     error = math.sqrt(variance / x.numel())
     if not error:
         return CrossedMean(mean, mean, mean, _LEVEL, 0.0, seeds, samples)
-    freedom = variance**2 / sum(square**2 / n for square, n in terms)
+    freedom = 1 / sum((square / variance) ** 2 / n for square, n in terms)
     half = float(t.ppf((1 + _LEVEL) / 2, freedom)) * error
     return CrossedMean(mean, mean - half, mean + half, _LEVEL, error, seeds, samples)
 

@@ -324,21 +324,20 @@ def _noise(runs: Sequence[FlatRun]) -> tuple[FlatNoise, ...]:
     found = [run for run in runs if "gradient_change" in run.test]
     if not found:
         return ()
-    curves = []
-    for column, radius in enumerate(found[0].test["gradient_change"].result.radii):
-        change = _of_noise("change", column).estimate(found)
-        bound = _of_noise("estimated_bound", column).estimate(found)
-        if change is not None and bound is not None:
-            curves.append(FlatNoise(radius, change, bound.median))
-    return tuple(curves)
+    radii = found[0].test["gradient_change"].result.radii
+    return tuple(_noise_at(found, column, radius) for column, radius in enumerate(radii))
 
 
-def _of_noise(name: str, column: int) -> FlatQuantity:
-    def values(run: FlatRun) -> Tensor:
+def _noise_at(runs: Sequence[FlatRun], column: int, radius: float) -> FlatNoise:
+    def values(run: FlatRun, name: str = "change") -> Tensor:
         of: Tensor = run.test["gradient_change"].result.samples()[name][:, column]
         return of
 
-    return FlatQuantity(name, name, name, "lower", "mean", values)
+    quantity = FlatQuantity("change", "relative gradient change", "", "lower", "mean", values)
+    change = quantity.estimate(runs)
+    medians = [values(run, "estimated_bound").double().nanquantile(0.5) for run in runs]
+    bound = float(sum(medians)) / len(runs)
+    return FlatNoise(radius, change or over_seeds([math.nan]), bound)
 
 
 def _unconverged(method: str, runs: Sequence[FlatRun]) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flexure.calling import map_tensors, rows_of
 from flexure.contracts import DataError
+from flexure.data.augment import Augmentation
 from flexure.methods.samples import Samples
 
 __all__ = ["InOrder", "Shuffled", "at", "joined"]
@@ -32,6 +33,8 @@ class Shuffled:
         batch_size: samples a batch; the last may be smaller.
         seed: decides each epoch's order, together with the epoch's number.
         device: where batches go.
+        augment: random changes of each epoch's inputs, which must be prepared images; a function
+            of the seed, the epoch and the sample alone.
     """
 
     def __init__(
@@ -42,10 +45,12 @@ class Shuffled:
         *,
         seed: int,
         device: torch.device,
+        augment: Augmentation | None = None,
     ) -> None:
         self.epoch = 0
         self._x, self._y, self._size = x, y, batch_size
         self._seed, self._device = seed, device
+        self._augment = augment
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next iteration that of an epoch, counted from 0."""
@@ -56,15 +61,21 @@ class Shuffled:
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         # The order is fixed here, not at the first batch, so that two running epochs differ.
-        stream = np.random.SeedSequence([self._seed, self.epoch]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(stream >> np.uint64(1)))
+        order = torch.randperm(len(self._y), generator=_generator(self._seed, self.epoch))
+        draws = None
+        if self._augment is not None:
+            own = _generator(self._seed, self.epoch, _AUGMENTATION)
+            draws = self._augment.draws(len(self._y), own)
         self.epoch += 1
-        return self._run(torch.randperm(len(self._y), generator=generator))
+        return self._run(order, draws)
 
-    def _run(self, order: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    def _run(self, order: Tensor, draws: Tensor | None) -> Iterator[tuple[Any, Tensor]]:
         for rows in torch.split(order, self._size):
             x = at(self._x, rows, len(self._y))
-            yield map_tensors(x, lambda leaf: leaf.to(self._device)), self._y[rows].to(self._device)
+            x = map_tensors(x, lambda leaf: leaf.to(self._device))
+            if self._augment is not None and draws is not None:
+                x = self._augment(x, draws[rows])
+            yield x, self._y[rows].to(self._device)
 
 
 class InOrder:
@@ -81,6 +92,14 @@ class InOrder:
             own = map_tensors(x, lambda leaf: leaf.to(self._device, copy=True))
             yield own, y.to(self._device)
             start += size
+
+
+_AUGMENTATION = 1  # tells its stream from that of the order
+
+
+def _generator(*words: int) -> torch.Generator:
+    stream = np.random.SeedSequence(list(words)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(stream >> np.uint64(1)))
 
 
 def at(x: Any, rows: Tensor, samples: int) -> Any:

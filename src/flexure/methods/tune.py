@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +25,7 @@ from flexure.methods.features import check_head, default_head, fingerprint, head
 from flexure.methods.head import HEAD_LEARNING_RATE
 from flexure.methods.in_place import adaptation_in_place
 from flexure.methods.run_store import RunStore
+from flexure.methods.settings import check_counts, checked_seeds
 from flexure.methods.tune_result import ArmResult, Candidate, Run, TuneResult, compared
 from flexure.methods.tune_run import Task, check_arm, train_once
 from flexure.methods.tuning_data import Train, TuningData
@@ -112,8 +112,9 @@ def tune(
         DataError: empty data, one class, classes that are not 0, 1, 2, ..., a class that train
             lacks, or splits that share samples.
     """
-    asked, seeds = arms_of(arms, rate_factors), _seeds(seeds)
-    _check(model, head, epochs=epochs, batch_size=batch_size)
+    asked, seeds = arms_of(arms, rate_factors), checked_seeds(seeds)
+    check_counts(epochs=epochs, batch_size=batch_size)
+    _check(model, head)
     _check_head_rate(head_learning_rate)
     folder = None if adapters is None else check_writable(adapters)
     clock = Clock()
@@ -312,20 +313,6 @@ def _factors(task: Task, steps: int) -> tuple[float, ...]:
     return tuple(1.0 if schedule is None else schedule(k) for k in range(task.epochs * steps))
 
 
-def _seeds(seeds: Sequence[int]) -> tuple[int, ...]:
-    found = (seeds,) if isinstance(seeds, Integral) else tuple(seeds)
-    whole = all(isinstance(s, Integral) and not isinstance(s, bool) for s in found)
-    if not found or not whole or len(set(found)) < len(found):
-        raise FlexureError(f"expected different whole seeds of at least 0, got {seeds!r}")
-    numbers = tuple(int(seed) for seed in found)
-    if min(numbers) < 0 or max(numbers) >= 2**64:
-        raise FlexureError(
-            f"expected different whole seeds of at least 0 and below 2^64, got {seeds!r}; choose "
-            f"others"
-        )
-    return numbers
-
-
 def _check_head_rate(rate: object) -> None:
     number = isinstance(rate, int | float) and not isinstance(rate, bool)
     if not number or not 0 < rate <= _LARGEST_HEAD_RATE:  # type: ignore[operator]
@@ -335,15 +322,8 @@ def _check_head_rate(rate: object) -> None:
         )
 
 
-def _check(model: nn.Module, head: str | None, **counts: object) -> None:
+def _check(model: nn.Module, head: str | None) -> None:
     """Refuses what is wrong before any work."""
-    for name, value in counts.items():
-        whole = isinstance(value, Integral) and not isinstance(value, bool)
-        if not whole or not 1 <= int(value) < 2**31:  # type: ignore[call-overload]
-            raise FlexureError(
-                f"expected {name} to be a whole number, at least 1 and below 2^31, got {value!r}; "
-                f"choose another"
-            )
     if head is not None:
         head_module(model, head)
     if (there := adaptation_in_place(model)) is not None:

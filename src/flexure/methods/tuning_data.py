@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from itertools import combinations
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flexure.calling import as_batches, map_tensors, take
 from flexure.contracts import Batches, DataError, Example
+from flexure.data.augment import Augmentation
 from flexure.methods.features import device_of
 from flexure.methods.samples import Samples, check_disjoint, check_labels, content, read_samples
 from flexure.methods.shuffled import InOrder, Shuffled, at, joined
@@ -37,6 +38,7 @@ class TuningData:
         test: to report on, or None.
         batch_size: training samples a step; not used where `train` is a function.
         seed: the first.
+        augment: random changes of training images; not with a function as `train`.
 
     Attributes:
         splits: by name.
@@ -57,7 +59,10 @@ class TuningData:
         test: Batches | None,
         batch_size: int,
         seed: int,
+        *,
+        augment: Augmentation | None = None,
     ) -> None:
+        self._augment = augment
         self._device = device_of(model)
         self._seed = seed
         self._given = train if callable(train) else None
@@ -88,6 +93,11 @@ class TuningData:
     def in_order(self, name: str) -> InOrder:
         """The batches of a split as they were given."""
         return InOrder(self.splits[name], self._device)
+
+    def first_train(self, samples: int) -> list[tuple[Any, Tensor]]:
+        """The first training samples in the canonical order, unchanged; not with a function."""
+        rows = torch.arange(min(samples, len(self._y)))
+        return [(at(self._x, rows, len(self._y)), self._y[rows])]
 
     def first(self) -> Example:
         """Two training samples, where the model is."""
@@ -122,6 +132,7 @@ class TuningData:
             self.batch_size,
             seed=seed,
             device=self._device,
+            augment=self._augment,
         )
 
     def _cache(self, name: str) -> int:
