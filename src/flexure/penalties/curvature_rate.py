@@ -91,8 +91,8 @@ def unit_directions(step: Step, point: Tensor) -> Tensor:
         all_of_block = torch.randn(_BLOCK, *point.shape[1:], generator=generator)
         drawn[rows] = all_of_block[positions[rows] % _BLOCK]
     drawn = drawn.to(point)
-    norms = torch.linalg.vector_norm(drawn.flatten(1), dim=1)
-    return drawn / norms.view(-1, *[1] * (point.dim() - 1))
+    drawn /= drawn.flatten(1).norm(dim=1).view(-1, *[1] * (point.dim() - 1))
+    return drawn
 
 
 def _derivatives(model: nn.Module, x: Any, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

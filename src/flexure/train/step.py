@@ -183,6 +183,12 @@ class TrainingStep:
                 "expected a loss that depends on the input, got one that does not (an input that "
                 "the model does not use, or detaches); leave penalties of the input gradient out"
             )
+        if not gradient.requires_grad:
+            raise FlexureError(
+                "expected an input gradient that depends on trainable parameters, got one without "
+                "a graph (all are frozen, or a layer's backward cannot be differentiated); "
+                "unfreeze them, replace that layer, or leave penalties of the input gradient out"
+            )
         return gradient * self._counted
 
     @property

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from flexure.addresses import first_line
 from flexure.contracts import DataError, FlexureError, Penalty, UpdateRule
 from flexure.train.step import Run, TrainingStep, scalar
 
@@ -261,7 +262,16 @@ def _differentiate(value: Tensor, inputs: list[Tensor] | None) -> None:
             "expected the loss to depend on a trainable parameter, got one without a graph; "
             "unfreeze a parameter that the output depends on, and do not detach the output"
         )
-    value.backward(inputs=inputs)  # type: ignore[no-untyped-call]
+    try:
+        value.backward(inputs=inputs)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if inputs is None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise FlexureError(
+            f"expected a network that can be differentiated twice, as a penalty of the input "
+            f"gradient needs it, got: {first_line(error)}; replace the layer, or leave that "
+            f"penalty out"
+        ) from error
 
 
 def _gradient_norms(parameters: Mapping[str, nn.Parameter]) -> tuple[list[str], Tensor]:
