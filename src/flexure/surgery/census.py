@@ -23,7 +23,7 @@ from flexure.surgery.wrapped import unwrapped
 from flexure.units.catalogue import read_module
 from flexure.units.unit import CTU
 
-__all__ = ["check_free", "sites"]
+__all__ = ["check_free", "did_not_run", "sites"]
 
 
 def sites(
@@ -63,7 +63,7 @@ def sites(
             with watch.dispatch, watch:
                 call_model(model, copied(example))
         except Exception as error:
-            raise SiteError(_did_not_run(model, example, error)) from error
+            raise SiteError(did_not_run(model, example, error)) from error
     return _Report(watch, axis, pooling).build()
 
 
@@ -262,7 +262,8 @@ def _with_axis(site: Site, given: int | dict[str, int]) -> Site:
     return Site(**{**vars(site), "axis": axis, "channels": site.shape[axis]})
 
 
-def _did_not_run(model: nn.Module, example: Example, error: Exception) -> str:
+def did_not_run(model: nn.Module, example: Example, error: Exception) -> str:
+    """What to tell of an example that a model did not take."""
     weight = next(iter(model.parameters()), None)
     expected = "" if weight is None else f" (weights are {weight.dtype} on {weight.device})"
     got = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in _tensors(example))
