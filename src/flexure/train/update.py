@@ -93,7 +93,7 @@ class Updater:
         clip: float | None,
     ) -> None:
         self.trained = trained_parameters(run.model, optimizer)
-        self._differentiated: list[Tensor] = [
+        self._differentiated = [
             p for p in {*run.model.parameters(), *self.trained.values()} if p.requires_grad
         ]
         base = nn.modules.batchnorm._NormBase
@@ -171,7 +171,7 @@ class Updater:
             step = given.fresh()  # the weights may have changed since the last call
             fresh = self._objective.parts(step)
             weight = len(step.positions) / samples
-            _differentiate(self._objective.total(fresh) * weight, self._asked(step))
+            _differentiate(self._objective.total(fresh) * weight, self._run.input_gradients)
             parts = [
                 total + weight * float(part.detach())
                 for total, part in zip(parts, fresh, strict=True)
@@ -179,10 +179,6 @@ class Updater:
         parts = self._gathered(parts, samples)
         self._check_and_clip(self._objective.total(parts), steps[0])
         return parts
-
-    def _asked(self, step: TrainingStep) -> list[Tensor] | None:
-        """What is differentiated; None: everything. A gradient in the input would be wasted."""
-        return self._differentiated if step.run.input_gradients else None
 
     def _gathered(self, parts: list[float], samples: int) -> list[float]:
         """The parts and, in place, the gradients summed over the processes, checked first."""
@@ -256,16 +252,18 @@ class Updater:
         return f"expected a finite loss, got {objective} {where}; {before}; {remedy}"
 
 
-def _differentiate(value: Tensor, inputs: list[Tensor] | None) -> None:
+def _differentiate(value: Tensor, twice: bool) -> None:
     if not value.requires_grad:
         raise FlexureError(
             "expected the loss to depend on a trainable parameter, got one without a graph; "
             "unfreeze a parameter that the output depends on, and do not detach the output"
         )
     try:
-        value.backward(inputs=inputs)  # type: ignore[no-untyped-call]
+        # Of everything, the input too: a layer that cannot be differentiated twice has a branch of
+        # its own, which raises when it is reached, and is passed over where leaves are chosen.
+        value.backward()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        if inputs is None or isinstance(error, torch.OutOfMemoryError):
+        if not twice or isinstance(error, torch.OutOfMemoryError):
             raise
         raise FlexureError(
             f"expected a network that can be differentiated twice, as a penalty of the input "
