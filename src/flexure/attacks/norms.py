@@ -91,9 +91,13 @@ def _length(a: Tensor) -> Tensor:
 
 def _unit(gradient: Tensor) -> Tensor:
     largest = gradient.flatten(1).abs().amax(1)
-    relative = scaled(1 / torch.where(largest > 0, largest, 1.0), gradient)
-    length = norms(relative)
-    return scaled(1 / torch.where(length > 0, length, 1.0), relative)
+    # Divided twice: the reciprocal of a denormal number overflows.
+    relative = _divided(gradient, largest)
+    return _divided(relative, norms(relative))
+
+
+def _divided(a: Tensor, by: Tensor) -> Tensor:
+    return a / torch.where(by > 0, by, 1.0).view(-1, *[1] * (a.dim() - 1))
 
 
 def _shrink_l2(change: Tensor, below: Tensor, above: Tensor, eps: float) -> Tensor:
