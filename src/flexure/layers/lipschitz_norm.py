@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -26,8 +27,9 @@ __all__ = ["LipschitzBatchNorm"]
 LOWEST_RAW = math.log(torch.finfo(torch.float64).eps / 8)
 # What a float32 holds with room for its product with a scale.
 LARGEST_GAMMA = 1e30
-# Stands for 1/sigma where it takes no part: its square vanishes, and powers of 2 do not round.
-NO_INVERSE = 2.0**-60
+# Stand for 1/sigma where it takes no part: their cubes are the smallest normal numbers, so that
+# they vanish beside other terms; and powers of 2 do not round.
+NO_INVERSE = {torch.float32: 2.0**-42, torch.float64: 2.0**-340}
 
 _aten = torch.ops.aten
 
@@ -80,7 +82,7 @@ class LipschitzBatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         raw = _raw_gamma(gamma)
-        super().__init__(  # type: ignore[no-untyped-call]
+        super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
         self.raw_gamma = nn.Parameter(torch.tensor(raw, device=device, dtype=dtype))
@@ -170,9 +172,10 @@ class LipschitzBatchNorm(_BatchNorm):
             # A measure's: it refuses batch statistics in its own words.
             return F.batch_norm(x, mean, var, self.weight, self.bias, True, 0.0, self.eps)
         momentum = self._next_momentum()
-        if not self.training:
+        if not self.training or not self.track_running_stats:
             mean = var = None
-        return _by_formula(x, self.weight, self.bias, self.gamma, mean, var, momentum, self.eps)
+        run = _by_formula if _is_watched(x, self.weight, mean) else _fast
+        return run(x, self.weight, self.bias, self.gamma, mean, var, momentum, self.eps)
 
     def extra_repr(self) -> str:
         """As of torch's, with gamma as it is now."""
@@ -203,6 +206,83 @@ class LipschitzBatchNorm(_BatchNorm):
         if self.momentum is not None:
             return self.momentum
         return 1.0 / float(self.num_batches_tracked)
+
+
+def _is_watched(x: Tensor, weight: Tensor | None, mean: Tensor | None) -> bool:
+    """Whether something must see the arithmetic, or torch's kernel would take coarse statistics."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or x.device.type == "meta"
+        or any(t is not None and t.dtype not in NO_INVERSE for t in (weight, mean))
+        or (mean is None and x.dtype not in NO_INVERSE)
+    )
+
+
+def _fast(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gamma: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """As `_by_formula`, by torch's own passes over x: as many as its BatchNorm takes."""
+    with torch.no_grad():
+        mean, var = _aten.batch_norm_update_stats(x, running_mean, running_var, momentum)
+    if weight is None:
+        weight = torch.ones_like(mean)
+    y = _Normalized.apply(x, weight, bias, gamma.to(weight.dtype), mean, var, eps)  # type: ignore[no-untyped-call]
+    return cast(Tensor, y)
+
+
+class _Normalized(torch.autograd.Function):
+    """The layer, given the statistics of x: derivatives are those of torch's BatchNorm.
+
+    That is exact for channels that are not clipped. The others are `(x - mu)·gamma·sign(w)`: for
+    them 1/sigma is replaced by a number s so small that what it contributes vanishes, and w by
+    gamma·sign(w)/s. So one pass of torch's serves all channels, and its own derivative serves for
+    derivatives of derivatives.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+    ) -> Tensor:
+        sigma = torch.sqrt(var + eps)
+        clipped = weight.abs() > gamma * sigma
+        inverse = torch.where(clipped, NO_INVERSE[mean.dtype], 1.0 / sigma)
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, gamma, mean, inverse, clipped)
+        weight = torch.where(clipped, gamma * weight.sign() * sigma, weight)
+        with torch._C.DisableTorchFunction():
+            y: Tensor = _aten.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, gamma, mean, inverse, clipped = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        sides = weight.detach().sign() / NO_INVERSE[mean.dtype]
+        scale = torch.where(clipped, gamma * sides, weight)
+        wanted = (needs[0], needs[1] or needs[3], needs[2])
+        by_x, by_scale, by_bias = _aten.native_batch_norm_backward(
+            grads[0], x, scale, None, None, mean, inverse, True, ctx.eps, wanted
+        )
+        by_weight = torch.where(clipped, 0.0, by_scale) if needs[1] else None
+        by_gamma = torch.where(clipped, by_scale * sides, 0.0).sum() if needs[3] else None
+        return by_x, by_weight, by_bias, by_gamma, None, None, None
 
 
 def _by_formula(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flexure.units import blocked, plain
+from flexure.units import bends, blocked, plain
 from flexure.units.layout import DEVICE_BLOCK
 from flexure.units.plain import Dial
 
@@ -45,7 +45,10 @@ def ctu(x: Tensor, beta: Dial, c: Dial, target: Tensor | None = None) -> Tensor:
 
 def centered_softplus(x: Tensor, beta: Dial) -> Tensor:
     """Centered softplus; arguments as in `ctu`."""
-    return cast(Tensor, _CenteredSoftplus.apply(x, beta))  # type: ignore[no-untyped-call]
+    moves = None
+    if isinstance(beta, Tensor) and beta.requires_grad and not _in_forward_mode():
+        moves = _BetaMoves.apply(beta, [x])  # type: ignore[no-untyped-call]
+    return cast(Tensor, _CenteredSoftplus.apply(x, beta, moves))  # type: ignore[no-untyped-call]
 
 
 def only_input_moves(*dials: Dial) -> bool:
@@ -83,8 +86,10 @@ class _CTU(torch.autograd.Function):
 
 
 class _CenteredSoftplus(torch.autograd.Function):
+    """With `moves`, of `_BetaMoves`, which takes the gradient to beta."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, beta: Dial) -> Tensor:
+    def forward(ctx: Any, x: Tensor, beta: Dial, moves: Tensor | None) -> Tensor:
         ctx.dials = _Dials(ctx, x, beta)
         with torch._C.DisableTorchFunction():
             return blocked.centered_softplus(x, beta)
@@ -92,21 +97,85 @@ class _CenteredSoftplus(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, beta = ctx.dials.read(ctx)
-        grad, needs = grads[0], tuple(ctx.needs_input_grad)
-        if _in_forward_mode() and not needs[1]:
-            return _sloped(_CENTERED_SLOPE, grad, x, beta), None
-        if not _differentiable(grad):
+        grad, needs = grads[0], ctx.needs_input_grad
+        by_x = None
+        if needs[0] and _in_forward_mode():
+            by_x = _sloped(_CENTERED_SLOPE, grad, x, beta)
+        elif needs[0] and _differentiable(grad):
+            by_x = _centered_sloped(grad, x, beta)
+        elif needs[0]:
             with torch._C.DisableTorchFunction():
-                return blocked.centered_softplus_gradients(grad, x, beta, needs)
-        by_x, by_beta = plain.centered_softplus_slopes(x, beta)
-        return (
-            grad * by_x.to(x.dtype) if needs[0] else None,
-            _summed(grad, by_beta, beta) if needs[1] else None,
-        )
+                by_x = _centered_times(grad, x, beta)
+        return by_x, None, grad if needs[2] else None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
         return _sloped(_CENTERED_SLOPE, tangent, *ctx.dials.read(ctx))
+
+
+class _BetaMoves(torch.autograd.Function):
+    """Zeros of the shape of x; their gradient, that of centered softplus, is passed on to beta.
+
+    A node of its own, so that a pass that asks for the gradient in x alone, as a penalty on
+    gradients does, leaves the sums out. For the same reason x comes in a list, where autograd sees
+    no way through this node to it; saved, it has its graph all the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, beta: Tensor, inputs: list[Tensor]) -> Tensor:
+        (x,) = inputs
+        ctx.save_for_backward(beta, x)
+        return x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (beta, x), grad = ctx.saved_tensors, grads[0]
+        if _differentiable(grad):
+            return _summed(grad, plain.centered_softplus_slopes(x, beta)[1], beta), None
+        with torch._C.DisableTorchFunction():
+            return blocked.centered_softplus_gradients(grad, x, beta, (False, True))[1], None
+
+
+def _centered_sloped(g: Tensor, x: Tensor, beta: Dial) -> Tensor:
+    """`g·sigmoid(beta·x)`, differentiable to any order in all three in reverse mode."""
+    single = not isinstance(beta, Tensor) or beta.numel() == 1
+    if _vectorized(g, x) or not single or x.dtype not in (torch.float32, torch.float64):
+        return g * plain.centered_softplus_slope(x, beta)
+    return cast(Tensor, _CenteredSloped.apply(g, x, beta))  # type: ignore[no-untyped-call]
+
+
+class _CenteredSloped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, beta: Dial) -> Tensor:
+        ctx.dials = _Dials(ctx, x, beta, g)
+        with torch._C.DisableTorchFunction():
+            return _centered_times(g, x, beta)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, beta, g = ctx.dials.read(ctx)
+        v, needs = grads[0], ctx.needs_input_grad
+        if _differentiable(v):
+            return _plain_sloped_gradients(v, g, x, beta, needs)
+        with torch._C.DisableTorchFunction():
+            by_g = _centered_times(v, x, beta) if needs[0] else None
+            if not needs[1] and not needs[2]:
+                return by_g, None, None
+            by_x, by_beta = bends.slope_changes(v, g, x, beta)
+        if isinstance(beta, Tensor):
+            by_beta = by_beta.reshape(beta.shape).to(beta.dtype)
+        return by_g, by_x, by_beta if needs[2] else None
+
+
+def _plain_sloped_gradients(
+    v: Tensor, g: Tensor, x: Tensor, beta: Dial, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """`v` times the derivatives of `g·sigmoid(beta·x)`, with graphs of their own."""
+    inputs = [t for t, need in zip((g, x, beta), needs, strict=True) if need]
+    with torch.enable_grad():
+        y = g * plain.centered_softplus_slope(x, beta)
+        found = iter(torch.autograd.grad(y, inputs, v, create_graph=True))  # type: ignore[arg-type]
+    return tuple(next(found) if need else None for need in needs)
 
 
 class _Slope(NamedTuple):

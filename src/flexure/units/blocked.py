@@ -22,6 +22,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from flexure.units import bends
 from flexure.units.kernels import calls
 from flexure.units.layout import Layout, Totals, dense, widest
 from flexure.units.plain import LN2, SOFTPLUS_THRESHOLD, Dial, working_dtype
@@ -36,12 +37,11 @@ LARGEST_SQUARED = 1e18
 LARGEST_ARGUMENT = 1e30
 # Below this, centered softplus is x/2 in float32 for every |x| < 1e18.
 NO_BEND = 1e-25
-# -t·sigmoid(-t) - log((1+e^-t)/2) cancels for smaller t; three terms of its series take over.
-BEND_SERIES_UP_TO = 1e-2
 
-_softplus_backward = torch.ops.aten.softplus_backward.grad_input
-_silu_backward = torch.ops.aten.silu_backward.grad_input
-_sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+_aten = torch.ops.aten
+_softplus_backward = _aten.softplus_backward.grad_input
+_silu_backward = _aten.silu_backward.grad_input
+_sigmoid_backward = _aten.sigmoid_backward.grad_input
 
 
 def ctu(x: Tensor, beta: Dial, c: Dial, *, inplace: bool = False) -> Tensor:
@@ -113,10 +113,15 @@ def centered_softplus_gradients(
     layout = Layout.of(x, _tensors(beta))
     totals = Totals(layout, 1, widest(x.new_empty(0)).dtype)
     k = _bend(layout, beta, working_dtype(x))
+    if k.half is k.relu is None and not isinstance(k.beta, Tensor) and layout.varies is None:
+        if needs == (True, False) and x.dtype == working_dtype(x):
+            return _aten.softplus_backward(grad, x, k.beta, SOFTPLUS_THRESHOLD), None
+        k = k._replace(single=needs[1] and bends.single_suffices(x, k.beta))
     by_x = _sweep(_centered_backward, _centered_sums, grad, x, layout, k, totals, needs)
     by_beta = None
     if needs[1] and isinstance(beta, Tensor):
-        by_beta = layout.gather(totals.result(0), beta).to(beta.dtype)
+        total = totals.result(0) if not k.single else totals.result(0) * k.inverse * k.inverse
+        by_beta = layout.gather(total, beta).to(beta.dtype)
     return by_x, by_beta
 
 
@@ -149,6 +154,8 @@ class _Bend(NamedTuple):
     """where beta = 0"""
     relu: Tensor | None
     """where beta = inf"""
+    single: bool = False
+    """whether sums may be taken in the working precision"""
 
 
 _K = TypeVar("_K", _Coefficients, _Bend)
@@ -274,8 +281,8 @@ def _ctu_sums(
 
 
 def _centered_values(x: Tensor, y: Tensor, a: Tensor, s: Tensor, k: _Bend) -> None:
-    torch.abs(x, out=a).clamp_max_(torch.finfo(a.dtype).max)
-    torch.mul(a, k.fall, out=s).expm1_().mul_(0.5).log1p_()
+    torch.abs(x, out=a)
+    torch.mul(a, k.fall, out=s).clamp_min_(-SOFTPLUS_THRESHOLD).expm1_().mul_(0.5).log1p_()
     torch.clamp_min(x, 0.0, out=y)
     _add_(y, s, k.inverse)
     if k.half is not None:
@@ -300,18 +307,10 @@ def _centered_sums(
     totals: Totals,
     needs: tuple[bool, ...],
 ) -> None:
-    """`g·x²·E(t)`, `t = beta·|x|`, `E = (log(2/(1+e^-t)) - t·sigmoid(-t))/t²`, in float64."""
-    x, g = widest(x), widest(g)
-    beta = widest(k.beta) if isinstance(k.beta, Tensor) else k.beta
-    a = torch.abs(x).clamp_max_(LARGEST_SQUARED)
-    t = (a * beta).clamp_max_(LARGEST_SQUARED)
-    bent = LN2 - torch.log1p(torch.exp(-t)) - t * torch.sigmoid(-t)
-    square = t * t
-    series = (1.0 - square / 8.0 + square * square / 72.0) / 8.0
-    e = torch.where(t < BEND_SERIES_UP_TO, series, bent / square)
-    if k.relu is not None:
-        e = torch.where(k.relu, 0.0, e)
-    totals.add(0, g, a * a * e, torch.empty_like(a))
+    if k.single and not isinstance(k.beta, Tensor):
+        bends.single_sums(x, g, room, k.beta, totals)
+    else:
+        bends.double_sums(x, g, k.beta, k.relu, totals)
 
 
 def _coefficients(layout: Layout, beta: Dial, c: Dial, dtype: torch.dtype) -> _Coefficients:
@@ -329,7 +328,7 @@ def _bend(layout: Layout, beta: Dial, dtype: torch.dtype) -> _Bend:
     finite = _at_most(_at_least(b, NO_BEND), LARGEST_ARGUMENT)
     k = (finite, -finite, 1.0 / finite)
     masks = _mask(b < NO_BEND, layout), _mask(b == math.inf, layout)
-    return _Bend._make([*(_narrow(v, dtype) for v in k), *masks])
+    return _Bend._make([*(_narrow(v, dtype) for v in k), *masks, False])
 
 
 def _tensors(*dials: Dial) -> tuple[Tensor, ...]:

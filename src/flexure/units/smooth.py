@@ -111,8 +111,10 @@ class Softplus(nn.Softplus):
     def __init__(self, beta: float = 1000.0) -> None:
         super().__init__(beta=_positive(beta))
 
-    @wraps(nn.Softplus.forward)  # by which the catalogue knows it  # type: ignore[override]
-    def forward(self, x: Tensor, *, inplace: bool = False, **params: Any) -> Tensor:
+    @wraps(nn.Softplus.forward)  # by which the catalogue knows the activation
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *, inplace: bool = False, **params: Any
+    ) -> Tensor:
         """Softplus of `x`, of its shape and dtype; `x` itself where in place.
 
         Args:
