@@ -13,7 +13,7 @@ from flexure.contracts import FlexureError
 from flexure.layers.lipschitz_norm import LipschitzBatchNorm
 from flexure.penalties import CURE, CurvatureRate, GradientNorm, LowCurvature
 from flexure.penalties.curvature_rate import unit_directions
-from flexure.train import fit
+from flexure.train import Checkpoint, fit
 from flexure.train.identity import describe
 from flexure.units.smooth import CenteredSoftplus
 from tests.penalties.steps import labelled, objective, step_of
@@ -37,6 +37,10 @@ def network(*, norm: bool = True) -> nn.Module:
         nn.Tanh(),
         nn.Linear(4, 3),
     ).double()
+
+
+def with_dropout() -> nn.Module:
+    return network().insert(3, nn.Dropout(0.3))
 
 
 def convolutional() -> nn.Module:
@@ -152,7 +156,7 @@ def test_accumulated_rates_are_the_mean_of_the_batches():
     x, y = labelled(12)
     model = network(norm=False)
     v = unit_directions(step_of(model, x, y), x)
-    rates = [float(slow.curvature_rate(model, x[rows], v[rows])) for rows in _HALVES]
+    rates = [float(slow.curvature_rate(model, x[rows], v[rows]).detach()) for rows in _HALVES]
     batches = [(x[rows], y[rows]) for rows in _HALVES]
     history = fit(model, batches, epochs=1, seed=7, penalties={CurvatureRate(): 1.0}, accumulate=2)
     assert history.penalties["CurvatureRate"][0] == pytest.approx(sum(rates) / 2, rel=1e-9)
@@ -316,3 +320,47 @@ def test_nothing_to_act_on(penalty, model: nn.Module, message: str):
     step = step_of(model.double(), x, y)
     assert message in refused(lambda: penalty(step))
     assert model.training
+
+
+def test_an_interrupted_training_ends_as_an_undisturbed_one(tmp_path):
+    x, y = labelled(24)
+    batches = list(zip(x.split(8), y.split(8), strict=True))
+    results = []
+    for stop in (None, 5):
+        seen = 0
+
+        def loss(output, target, stop=stop):
+            nonlocal seen
+            seen += 1
+            if seen == stop:
+                raise RuntimeError("stopped")
+            return nn.functional.cross_entropy(output, target)
+
+        for _ in range(2):
+            model = with_dropout()
+            try:
+                history = fit(
+                    model,
+                    batches,
+                    epochs=3,
+                    seed=0,
+                    loss=loss,
+                    penalties={penalty: penalty.default_weight for penalty in ALL},
+                    checkpoint=Checkpoint(tmp_path / f"run-{stop}", every=1),
+                )
+            except RuntimeError:
+                continue
+        results.append((model.state_dict(), history.losses, history.penalties))
+    (there, *told), (here, *retold) = results
+    assert told == retold
+    assert all(torch.equal(here[key], value) for key, value in there.items())
+    with pytest.raises(FlexureError, match="penalties"):
+        fit(
+            with_dropout(),
+            batches,
+            epochs=3,
+            seed=0,
+            loss=loss,
+            penalties={CURE(h=1.0): 4.0},
+            checkpoint=tmp_path / "run-None",
+        )

@@ -20,6 +20,7 @@ from flexure.measure.fields import measuring, point_of
 from flexure.measuring import unchanged_randomness
 
 __all__ = [
+    "Odds",
     "ScaledField",
     "at_rows",
     "check_positive",
@@ -41,6 +42,37 @@ class ScaledField:
 
     function: Callable[[Tensor], Tensor]
     log_scale: Tensor
+
+
+class Odds:
+    """(1 - p)/e^s = o/(1 + e^s·o), o = sum over the other classes of exp(z_j - z_top - s).
+
+    p is the softmax of the class `top` that is largest at a point, and s its largest z_j - z_top
+    there: constants, whatever z it is called with. Of a sure sample's derivatives a softmax would
+    leave only rounding errors, and where e^s underflows 1 - p is 0: o, and so this, is between 1/2
+    and the number of classes at the point.
+
+    Args:
+        logits: (B, classes) at the point.
+
+    Attributes:
+        log_scale: (B,) float64, s.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        logits = logits.detach()
+        self._top = top = logits.argmax(1, keepdim=True)
+        self._others = torch.ones_like(logits).scatter_(1, top, 0.0)
+        gap = (logits - logits.gather(1, top)).scatter(1, top, -torch.inf).amax(1, keepdim=True)
+        gap = gap.masked_fill(gap.isneginf(), 0.0)  # all others are ruled out
+        self._shift, self._scale = gap * self._others, gap.exp()
+        self.log_scale = gap[:, 0].double()
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """(B,), of (B, classes) logits at any point."""
+        relative = z - z.gather(1, self._top) - self._shift.to(z)
+        odds = (relative.exp() * self._others.to(z)).sum(1)
+        return odds / (1 + self._scale.to(z)[:, 0] * odds)
 
 
 def probability_field(f: Callable[..., Any], x: Any) -> ScaledField:
@@ -77,7 +109,8 @@ def probability_field(f: Callable[..., Any], x: Any) -> ScaledField:
         )
     if out.shape[1] == 1:
         return ScaledField(lambda inputs: output(inputs).squeeze(1), unscaled)
-    return _probability(output, out.argmax(1, keepdim=True), out)
+    odds = Odds(out)
+    return ScaledField(lambda inputs: odds(output(inputs)), odds.log_scale)
 
 
 @contextmanager
@@ -112,23 +145,3 @@ def check_positive(**settings: int | None) -> None:
                 f"expected {name} to be a whole number from 1, got {value!r}; give one, or leave "
                 f"it out"
             )
-
-
-def _probability(output: Callable[[Tensor], Tensor], top: Tensor, logits: Tensor) -> ScaledField:
-    """(1 - p)/e^s = o/(1 + e^s·o), o = sum over the other classes of exp(z_j - z_top - s).
-
-    p is the softmax of class `top`, and s its largest z_j - z_top at the point. Of a sure sample's
-    derivatives a softmax would leave only rounding errors, and where e^s underflows 1 - p is 0:
-    o, and so this, is between 1/2 and the number of classes at the point.
-    """
-    others = torch.ones_like(logits).scatter_(1, top, 0.0)
-    gap = (logits - logits.gather(1, top)).scatter(1, top, -torch.inf).amax(1, keepdim=True)
-    gap = gap.masked_fill(gap.isneginf(), 0.0)  # all others are ruled out
-    shift, scale = gap * others, gap.exp()
-
-    def odds(inputs: Tensor) -> Tensor:
-        z = output(inputs)
-        relative = ((z - z.gather(1, top) - shift.to(z)).exp() * others.to(z)).sum(1)
-        return relative / (1 + scale.to(z)[:, 0] * relative)
-
-    return ScaledField(odds, gap[:, 0].double())

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flexure.calling import evaluating, map_tensors, unwritten
+from flexure.calling import call_model, evaluating, logits_of, map_tensors, unwritten
 from flexure.contracts import FlexureError, Step
 from flexure.measure.fields import point_of
 from flexure.measure.jets import taylor_coefficients
-from flexure.measure.probability import probability_field
-from flexure.measure.state import twice_differentiable, uncompiled
+from flexure.measure.probability import Odds
+from flexure.measure.propagate import primal_of
+from flexure.measuring import twice_differentiable, uncompiled
 
 __all__ = ["CurvatureRate"]
 
@@ -44,7 +45,7 @@ class CurvatureRate:
     f is the network in eval mode, which treats each sample by itself: BatchNorm with its running
     statistics, held constant, and no dropout. It is computed in the precision of the inputs, also
     under bfloat16. Where v_1 or v_2 is 0 to rounding at all samples, the penalty is 0 and has no
-    gradient. Costs one forward pass without a graph, and one that carries three tensors.
+    gradient. Costs one forward pass that carries three tensors.
 
     Attributes:
         default_weight: of [CR].
@@ -97,14 +98,15 @@ def unit_directions(step: Step, point: Tensor) -> Tensor:
 
 def _derivatives(model: nn.Module, x: Any, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Df[v] and D²f[v, v], (B,) each up to sign, and (B,) logs of what they are to be scaled by."""
+    point = point_of(x)
+    field = _Field(model, x, point)
     with (
         evaluating(model),
         unwritten(model, differentiated=True),
         twice_differentiable(),
         uncompiled(),
     ):
-        field = probability_field(model, x)
-        found, computed = taylor_coefficients(field.function, point_of(x), v, order=2)
+        found, computed = taylor_coefficients(field, point, v, order=2)
     for order, what in ((1, "independent of"), (2, "affine in")):
         if not computed[order]:
             raise FlexureError(
@@ -112,3 +114,23 @@ def _derivatives(model: nn.Module, x: Any, v: Tensor) -> tuple[Tensor, Tensor, T
                 f"is {what} it; leave the penalty CurvatureRate out"
             )
     return found[1], 2 * found[2], field.log_scale
+
+
+class _Field:
+    """As `flexure.measure.probability.probability_field`, at the point of its first call.
+
+    The class that is largest there, and the scale, are taken from that pass itself.
+    """
+
+    def __init__(self, model: nn.Module, x: Any, point: Tensor) -> None:
+        self.log_scale = torch.zeros(len(point), dtype=torch.float64, device=point.device)
+        self._model, self._x, self._point = model, x, point
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        example = map_tensors(self._x, lambda leaf: inputs if leaf is self._point else leaf)
+        z = logits_of(call_model(self._model, example))
+        if z.dim() != 2 or z.shape[1] == 1:
+            return z  # of another shape than one output a sample: refused by jets
+        odds = Odds(primal_of(z))
+        self.log_scale = odds.log_scale
+        return odds(z)
