@@ -111,6 +111,7 @@ def robust_accuracy(
 
     Example:
         >>> import torch
+        >>> from flexure import Bounded
         >>> _ = torch.manual_seed(0)
         >>> model = Bounded(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)))
         >>> x = torch.rand(6, 1, 2, 2)
