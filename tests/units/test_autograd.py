@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -212,3 +213,21 @@ def test_long_rows_and_short_rows_of_channels() -> None:
             got, torch.autograd.grad(plain.ctu(x, beta, 0.5).sum(), (x, beta)), strict=True
         ):
             torch.testing.assert_close(a, b)
+
+
+def test_third_derivatives_of_composed_centered_softplus_count_each_path_once():
+    """Where the gradient that arrives depends on the input itself, as it does in networks."""
+    x = torch.tensor([-1.0, 0.2, 0.7], dtype=torch.float64, requires_grad=True)
+    beta = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def chain(unit):
+        y = unit(unit(x, beta) * 1.5 - 0.3, beta).sum()
+        for _ in range(3):
+            (y,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return [y, *torch.autograd.grad(y.sum(), (x, beta))]
+
+    def formula(x, beta):
+        return torch.log1p(torch.exp(beta * x)) / beta - math.log(2) / beta
+
+    for found, expected in zip(chain(centered_softplus), chain(formula), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)

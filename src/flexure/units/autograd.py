@@ -171,8 +171,11 @@ def _plain_sloped_gradients(
     v: Tensor, g: Tensor, x: Tensor, beta: Dial, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """`v` times the derivatives of `g·sigmoid(beta·x)`, with graphs of their own."""
-    inputs = [t for t, need in zip((g, x, beta), needs, strict=True) if need]
     with torch.enable_grad():
+        # Aliases: where g depends on x further up, only what the slope itself does with x counts.
+        g, x = g.view_as(g), x.view_as(x)
+        beta = beta.view_as(beta) if isinstance(beta, Tensor) else beta
+        inputs = [t for t, need in zip((g, x, beta), needs, strict=True) if need]
         y = g * plain.centered_softplus_slope(x, beta)
         found = iter(torch.autograd.grad(y, inputs, v, create_graph=True))  # type: ignore[arg-type]
     return tuple(next(found) if need else None for need in needs)
