@@ -88,14 +88,19 @@ class LayerOperator:
             FlexureError: it is missing, or no input of the layer.
         """
         name, axes = type(self.layer).__name__, self.spatial
-        if not axes:
+        if not axes and input_size is None:
             return ()
         if input_size is None:
             raise FlexureError(
                 f"expected input_size, the spatial size of the inputs of {name}, got none: the "
                 f"norm of a convolution depends on it; give {axes} numbers"
             )
-        size = per_axis("input_size", input_size, axes)
+        size = per_axis("input_size", input_size, axes) if axes else None
+        if size is None:
+            raise FlexureError(
+                f"expected no input_size for {name}, whose norm does not depend on it, got "
+                f"{input_size}; leave it out"
+            )
         weight = self.layer.weight.detach().to("meta")
         try:
             self.apply(weight, torch.empty(self.input_shape(size), device="meta").to(weight.dtype))
@@ -119,28 +124,44 @@ class LayerOperator:
             raise FlexureError(f"expected one of LAYERS, got {type(self.layer).__name__}")
         return LAYERS[kind](self.layer, weight, x)
 
-    def improved(self, weight: Tensor, v: Tensor) -> Triple:
-        """One power iteration: u = Av/‖Av‖, v ← Aᵀu/‖Aᵀu‖, norm ‖Aᵀu‖ = uᵀAv.
+    def improved(self, weight: Tensor, v: Tensor, *, products: int) -> Triple:
+        """The best triple of the Krylov space of v: a few Lanczos steps on AᵀA, one exchange.
 
+        As many power iterations would cost the same and find a new singular vector far later.
         Where Av is zero, the triple is zero, with v as it was.
 
         Args:
             weight: W, plain (see `plain`); call it inside `plainly`.
             v: `(1, *input)`, a unit vector, in the weight's dtype.
+            products: with AᵀA.
         """
-        w, x = weight.detach().requires_grad_(), v.detach().requires_grad_()
-        image = self.apply(w, x)
-        u = _unit(image.detach())
-        (back,) = torch.autograd.grad(image, x, u, retain_graph=True)
-        norm = torch.linalg.vector_norm(back)
-        v = torch.where(norm > 0, back / norm, v)
-        return Triple(norm, v, self.direction(weight, u, v))
+        basis, images = v.flatten()[None], []
+        for _ in range(min(products, v.numel())):
+            image = self.squared(weight, basis[-1].view_as(v)).flatten()
+            images.append(image)
+            rest = image
+            for _ in range(2):
+                rest = rest - (basis @ rest) @ basis
+            basis = torch.cat([basis, _unit(rest)[None]])
+        # Another device is asked once, whatever the number of products.
+        inside = (basis[:-1] @ torch.stack(images).mT).cpu().double()
+        if bool(inside.isfinite().all()):
+            best = torch.linalg.eigh((inside + inside.mT) / 2)[1][:, -1]
+            v = _unit((best.to(basis) @ basis[:-1]).view_as(v))
+        return self.triple(weight, v)
 
-    def direction(self, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """G = d(uᵀA(W)v)/dW, which does not depend on W."""
+    def squared(self, weight: Tensor, v: Tensor) -> Tensor:
+        """AᵀA v."""
+        x = v.detach().requires_grad_()
+        image = self.apply(weight.detach(), x)
+        return torch.autograd.grad(image, x, image.detach())[0]
+
+    def triple(self, weight: Tensor, v: Tensor, *, converged: bool = False) -> Triple:
+        """That of v and u = Av/‖Av‖."""
         w = weight.detach().requires_grad_()
-        (direction,) = torch.autograd.grad(self.apply(w, v), w, u)
-        return direction
+        image = self.apply(w, v)
+        (direction,) = torch.autograd.grad(image, w, _unit(image.detach()))
+        return Triple((direction * weight).sum(), v, direction, converged)
 
     def converged(self, weight: Tensor, v: Tensor, *, tol: float, vectors: int) -> Triple:
         """The largest singular triple, by the Lanczos method on AᵀA.
@@ -152,13 +173,10 @@ class LayerOperator:
             vectors: entries of vectors held at most; the method is restarted beyond.
         """
         drawn_by = torch.Generator().manual_seed(0)
-        constant = weight.detach()
         length = max(_SHORTEST, min(_LONGEST, vectors // max(1, v.numel())))
 
         def product(x: Tensor, rows: Tensor) -> Tensor:
-            x = x.detach().requires_grad_()
-            image = self.apply(constant, x)
-            return torch.autograd.grad(image, x, image.detach())[0]
+            return self.squared(weight, x)
 
         for _ in range(_RESTARTS):
             random = torch.randn(v.shape, generator=drawn_by, dtype=torch.float64)
@@ -169,10 +187,7 @@ class LayerOperator:
             v = spectrum.vector
             if bool(spectrum.converged):
                 break
-        u = _unit(self.apply(constant, v).detach())
-        direction = self.direction(weight, u, v)
-        norm = (direction * constant).sum()
-        return Triple(norm, v, direction, converged=bool(spectrum.converged))
+        return self.triple(weight, v, converged=bool(spectrum.converged))
 
 
 _SHORTEST, _LONGEST, _RESTARTS = 20, 300, 8
@@ -181,14 +196,20 @@ _SHORTEST, _LONGEST, _RESTARTS = 20, 300, 8
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Inside, autograd records, and no transform, autocast or inference mode is active."""
+    """Inside, autograd records, as if no transform, autocast or checkpoint was around."""
     with ExitStack() as stack:
+        if torch._C._autograd._saved_tensors_hooks_is_enabled():  # transforms allow none
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
         stack.enter_context(temporarily_clear_interpreter_stack())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for device in {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}:
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+def _same(saved: Any) -> Any:
+    return saved
 
 
 def plain(weight: Tensor) -> Tensor:

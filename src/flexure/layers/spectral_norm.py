@@ -6,6 +6,7 @@ vectors are found is in `layer_operator.py`; bounds of weights that are given ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,10 @@ from flexure.layers.of_module import module_norm_bounds
 __all__ = ["SpectralNorm", "spectral_norm", "spectral_norms"]
 
 EVERY = 5
-"""Changes of a weight between power iterations."""
+"""Changes of a weight between refreshes of the singular vectors in training mode."""
+
+PRODUCTS = 10
+"""Products with AᵀA of such a refresh."""
 
 TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-7}
 """Of the norm's square in eval mode, by the dtype that is computed in."""
@@ -37,11 +41,14 @@ VECTORS = 2**25
 ENTRIES = 4
 """Weights, sizes and dtypes whose converged vectors are remembered in eval mode."""
 
-JUMP = 1.25
-"""Growth of the norm in one iteration that one change of training does not explain."""
+LOST = 0.8
+"""Share of σ/‖W‖ that ⟨G, W⟩/‖W‖ keeps between refreshes; below, the weight is another one."""
+
+JUMP = 0.1
+"""Relative growth of the norm in one refresh after which there is another refresh."""
 
 SETTLED = 1e-3
-"""Growth in one iteration below which iterating after such a jump ends."""
+"""That below which refreshing ends where the weight or the input size is another one."""
 
 
 def spectral_norm(
@@ -53,9 +60,9 @@ def spectral_norm(
     the layer's norm is 1, whatever its weight. The operator maps the whole input of one sample to
     its whole output, with the layer's stride, padding, padding mode, dilation and groups.
 
-    In training mode σ is ⟨G, W⟩ with G = d(uᵀA(W)v)/dW, for unit vectors u and v that a power
-    iteration improves at every `every`-th change of the weight: never above the norm, and a little
-    below it. In eval mode σ is converged to 5e-5 (float64: 5e-8) of itself, whenever the
+    In training mode σ is ⟨G, W⟩ with G = d(uᵀA(W)v)/dW, for unit vectors u and v that a few
+    Lanczos steps improve at every `every`-th change of the weight: never above the norm, and a
+    little below it. In eval mode σ is converged to 5e-5 (float64: 5e-8) of itself, whenever the
     weight's values are not those that it was last converged for. Both depend on the weight, the
     state dict and the input size alone.
 
@@ -68,7 +75,7 @@ def spectral_norm(
     Args:
         module: a Linear, Conv1d/2d/3d or ConvTranspose1d/2d/3d, which is changed.
         input_size: the spatial size of its inputs (a number stands for all axes); none for Linear.
-        every: changes of the weight between power iterations in training mode.
+        every: changes of the weight between refreshes of u and v in training mode.
 
     Returns:
         `module`.
@@ -83,7 +90,7 @@ def spectral_norm(
             f"remove_parametrizations(layer, 'weight') undoes it"
         )
     if every < 1:
-        raise FlexureError(f"expected every >= 1, got {every}; give 1 to iterate at each change")
+        raise FlexureError(f"expected every >= 1, got {every}; give 1 to refresh at each change")
     norm = SpectralNorm(module, input_size=input_size, every=every)
     parametrize.register_parametrization(module, "weight", norm, unsafe=True)
     norm.train(module.training)
@@ -126,15 +133,17 @@ class SpectralNorm(nn.Module):
 
     Attributes:
         size: spatial size of the inputs that the layer is normalised for.
-        every: changes of the weight between power iterations in training mode.
+        every: changes of the weight between refreshes of u and v in training mode.
         v: `(1, *input)`, the right singular vector of training mode.
         direction: of the weight's shape, G; σ = ⟨G, W⟩ in training mode.
-        trained_norm: 0-d, σ when the weight last changed in training mode.
+        trained_norm: 0-d, ⟨G, W⟩ when the weight last changed in training mode.
+        share: 0-d, ⟨G, W⟩/‖W‖ when G was found.
     """
 
     v: Tensor
     direction: Tensor
     trained_norm: Tensor
+    share: Tensor
 
     def __init__(self, layer: nn.Module, *, input_size: Sizes | None, every: int) -> None:
         super().__init__()
@@ -142,7 +151,7 @@ class SpectralNorm(nn.Module):
         self.every = every
         self.size = self._operator.checked_size(input_size)
         self._age = 0
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[int, int, int] | None = None
         self._entries: list[_Entry] = []
         weight: Tensor = layer.weight  # type: ignore[assignment]
         shape = self._operator.input_shape(self.size)
@@ -150,10 +159,11 @@ class SpectralNorm(nn.Module):
         v = torch.randn(shape, generator=drawn_by, dtype=torch.float64)
         self.register_buffer("v", (v / v.norm()).to(weight.device, weight.dtype))
         self.register_buffer("direction", torch.zeros_like(weight, requires_grad=False))
-        self.register_buffer("trained_norm", weight.new_zeros((), requires_grad=False))
+        for name in ("trained_norm", "share"):
+            self.register_buffer(name, weight.new_zeros((), requires_grad=False))
         if not weight.is_meta:
             with plainly():
-                self._store(self._converged(plain(weight)))
+                self._store(self._converged(plain(weight)), plain(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
         """W/⟨G, W⟩; a weight of zeros as it is."""
@@ -201,8 +211,8 @@ class SpectralNorm(nn.Module):
             if not self.training:
                 return self._remembered(values)
             version = -1 if weight.is_inference() else weight._version
-            self._train((id(weight), version), values)
-            # Graphs keep a copy: the next iteration writes into the buffer.
+            self._train((id(weight), values.data_ptr(), version), values)
+            # Graphs keep a copy: the next refresh writes into the buffer.
             return self.direction.clone()
 
     def _remembered(self, weight: Tensor) -> Tensor:
@@ -233,50 +243,50 @@ class SpectralNorm(nn.Module):
         ends = [new - old for new, old in zip(self.size, v.shape[2:], strict=True)]
         return F.pad(v, [width for end in reversed(ends) for width in (0, end)])
 
-    def _train(self, seen: tuple[int, int], weight: Tensor) -> None:
-        """Notes a change of the weight, and iterates when it is time."""
+    def _train(self, seen: tuple[int, int, int], weight: Tensor) -> None:
+        """Notes a change of the weight, and refreshes when it is time.
+
+        What is done depends on the buffers, the age and the weight's values alone, never on
+        `_seen`, so that a training that is interrupted goes on as it would have.
+        """
         resized = self.v.shape[2:] != self.size
         if seen == self._seen and not resized:
             return
-        known = self._seen is not None and self._seen[0] == seen[0]
+        known = self._seen is not None and self._seen[:2] == seen[:2]
         self._seen = seen
-        norm = _paired(self.direction, weight)
-        if not (known or resized) and torch.equal(norm.to(self.trained_norm), self.trained_norm):
+        norm = _paired(self.direction, weight).to(self.trained_norm)
+        if not (known or resized) and torch.equal(norm, self.trained_norm):
             return
         self._age += 1
-        if self._age >= self.every or resized or not known:
-            self._iterate(weight, norm, forced=self._age >= self.every or resized)
-            norm = _paired(self.direction, weight)
         self.trained_norm.copy_(norm)
+        lost = bool(norm < LOST * self.share * torch.linalg.vector_norm(weight))
+        if self._age >= self.every or lost or resized:
+            self._refresh(weight, norm, settle=lost or resized)
 
-    def _iterate(self, weight: Tensor, norm: Tensor, *, forced: bool) -> None:
-        """A power iteration, and more of them where the weight or the size has jumped.
-
-        Args:
-            weight: plain.
-            norm: ⟨G, W⟩ before.
-            forced: whether to keep the first iteration too where nothing has jumped.
-        """
+    def _refresh(self, weight: Tensor, norm: Tensor, *, settle: bool) -> None:
+        """Improves u and v; `settle`: until the norm hardly grows any more."""
         wide = weight.to(_narrow(weight))
-        triple = self._operator.improved(wide, self._start(wide))
+        triple = self._operator.improved(wide, self._start(wide), products=PRODUCTS)
         before, now = float(norm), float(triple.norm)
-        jumped = now > JUMP * before
-        while now > (1 + SETTLED) * before and jumped:
-            triple = self._operator.improved(wide, triple.v)
+        while settle or now > (1 + JUMP) * before > 0:
+            triple = self._operator.improved(wide, triple.v, products=PRODUCTS)
             before, now = now, float(triple.norm)
-        if forced or jumped:
-            self._store(triple)
+            settle = now > (1 + SETTLED) * before
+        self._store(triple, weight)
 
-    def _store(self, triple: Triple) -> None:
+    def _store(self, triple: Triple, weight: Tensor) -> None:
         """Takes a triple for training mode, unless it is not finite."""
         norm = float(triple.norm)
-        if norm - norm != 0:
+        if not math.isfinite(norm):
             return
         if self.v.shape != triple.v.shape:
             self.v = torch.empty_like(triple.v, dtype=self.v.dtype)
         self.v.copy_(triple.v)
         self.direction.copy_(triple.direction)
-        self.trained_norm.copy_(triple.norm)
+        norm_now = _paired(self.direction, weight)
+        self.trained_norm.copy_(norm_now)
+        size = torch.linalg.vector_norm(weight)
+        self.share.copy_(torch.where(size > 0, norm_now / size, 0.0))
         # A weight of zeros has no direction: its first change needs one.
         self._age = 0 if norm > 0 else self.every
 
