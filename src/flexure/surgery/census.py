@@ -23,7 +23,7 @@ from flexure.surgery.wrapped import unwrapped
 from flexure.units.catalogue import read_module
 from flexure.units.unit import CTU
 
-__all__ = ["check_free", "did_not_run", "sites"]
+__all__ = ["check_free", "did_not_run", "outermost_scripted", "sites"]
 
 
 def sites(
@@ -78,6 +78,16 @@ def check_free(model: nn.Module) -> None:
             "the model is steered already: set .beta on its Steering, or remove() it; disable() "
             "an adaptation that is in place (a copy of a steered model stays steered)"
         )
+
+
+def outermost_scripted(model: nn.Module) -> list[str]:
+    """Paths of the TorchScript modules that are in no other."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, torch.jit.ScriptModule) and not inside:
+            found.append(path)
+    return found
 
 
 class _Report:
@@ -200,11 +210,9 @@ class _Report:
     def _unreached(self) -> tuple[str, ...]:
         watch = self.watch
         found: list[str] = []
-        scripted: list[str] = []
+        scripted = outermost_scripted(watch.model)
         for path, module in watch.model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
-                if not any(path.startswith(f"{outer}.") for outer in scripted):
-                    scripted.append(path)
                 continue
             if id(module) in watch.reached:
                 continue

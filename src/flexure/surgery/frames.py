@@ -51,6 +51,7 @@ class Frame(TorchFunctionMode):
         self.outer: Frame | None = None
         self.active = True
         self.anchor: Any = None
+        self.module: nn.Module | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -63,7 +64,14 @@ class Frame(TorchFunctionMode):
         if change is None:
             return func(*args, **kwargs)
         self._refuse_recomputation()
-        return self.changed(change, call, func, args, kwargs)
+        others = self._others()
+        for frame in others:
+            frame.active = False
+        try:
+            return self.changed(change, call, func, args, kwargs)
+        finally:
+            for frame in others:
+                frame.active = True
 
     def read(self, func: Any, args: Any, kwargs: Any) -> tuple[str, Any] | None:
         """What a call is, as a step says it, and what `changed` needs to know; or None."""
@@ -72,6 +80,17 @@ class Frame(TorchFunctionMode):
     def changed(self, change: Any, call: Any, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of a call whose step has a change."""
         raise NotImplementedError
+
+    def _others(self) -> list[Frame]:
+        """Active frames of other kinds, which must not count what a change does in here.
+
+        Outside compilation they walk the stack, and see that it is not their caller's.
+        """
+        if not torch.compiler.is_compiling():
+            return []
+        depth = torch._C._len_torch_function_stack()
+        modes = [torch._C._get_function_stack_at(i) for i in range(depth)]
+        return [mode for mode in modes if isinstance(mode, Frame) and mode.active]
 
     def _take(self, found: str) -> Any:
         """The change of the next call of the route, which must be this one."""
@@ -114,13 +133,23 @@ class Frame(TorchFunctionMode):
         frame: Any = sys._getframe(2)
         own = True
         while frame is not None and frame is not self.anchor:
-            own = own and (self.nested or frame.f_code is not _MODULE_CALL)
+            own = own and (self.nested or not self._elsewhere(frame))
             frame = frame.f_back
         if frame is None:
             self.active = False
             if self.outer is not None:  # it judges itself by the same walk
                 self.outer.active = True
         return frame is not None and own
+
+    def _elsewhere(self, frame: Any) -> bool:
+        """Whether a frame of Python runs another module, or what torch.compile made of the caller.
+
+        The latter makes calls that were counted while it was compiled.
+        """
+        generated = frame.f_code.co_filename.startswith(_GENERATED)
+        return frame.f_code is _MODULE_CALL or (
+            generated and frame.f_locals.get("self") is not self.module
+        )
 
     def _refuse_recomputation(self) -> None:
         """Raises where a routed call is checkpointed inside its caller.
@@ -141,6 +170,9 @@ class Frame(TorchFunctionMode):
 
 
 _MODULE_CALL = nn.Module._call_impl.__code__
+_GENERATED = "<eval_with_key>"
+"""File name of the code of graphs (torch.fx)."""
+
 _CHECKPOINT = torch.utils.checkpoint.__file__
 
 
@@ -193,7 +225,7 @@ class Enter:
         """Begins a run of the caller."""
         frame = self.kind(self.caller, self.calls, self.strict)
         if not torch.compiler.is_compiling():
-            frame.anchor = sys._getframe(1)
+            frame.anchor, frame.module = sys._getframe(1), module
             _drop_interrupted_frames()
         frame.outer = _top_frame(self.kind)
         if frame.outer is not None:
@@ -215,7 +247,7 @@ class Leave:
         if frame is None or frame.caller != self.caller:
             return
         frame.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        frame.anchor = None
+        frame.anchor = frame.module = None
         if frame.outer is not None:
             frame.outer.active = True
         # On an error this hook runs without an output, and must not mask that error.

@@ -20,7 +20,7 @@ from torch import nn
 
 from flexure.calling import call_model, copied, evaluating
 from flexure.contracts import Example, FlexureError, SiteError
-from flexure.surgery.census import did_not_run
+from flexure.surgery.census import did_not_run, outermost_scripted
 from flexure.surgery.frames import Enter, Frame, Step, forget_compiled, framed
 from flexure.surgery.preserve import preserved
 from flexure.surgery.sum_watch import SumWatch, is_activation, read_addition
@@ -277,9 +277,8 @@ def _report(watch: SumWatch) -> SumReport:
                 index += 1
     for other in watch.combinations:
         refused.append((other.order, UnscaledSum(other.function, other.caller, other.reason)))
-    for path, module in watch.model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            refused.append((watch.order, UnscaledSum("TorchScript", path, _SCRIPTED)))
+    for path in outermost_scripted(watch.model):
+        refused.append((watch.order, UnscaledSum("TorchScript", path, _SCRIPTED)))
     in_order = [found for _, found in sorted(refused, key=lambda pair: pair[0])]
     counts = Counter(in_order)
     return SumReport(
