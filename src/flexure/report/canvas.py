@@ -29,13 +29,16 @@ __all__ = [
     "VERMILION",
     "WIDE",
     "Curve",
+    "Look",
     "Picture",
     "canvas",
+    "canvases",
     "draw_legend",
     "draw_line",
     "finished",
     "integer_axis",
     "label_text",
+    "look",
     "title_text",
 ]
 
@@ -45,6 +48,7 @@ SKY, PURPLE = "#56B4E9", "#CC79A7"
 SERIES = (BLUE, ORANGE, PURPLE, SKY, GREEN, VERMILION)  # the last two also mark single points
 MARKERS = ("o", "^", "s", "D", "v", "P")
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (8, 2)), (0, (1, 3)))
+_MORE_MARKERS = ("X", "*", "<", ">", "p", "h")
 # Stands for the page's text colour until the SVG is written; no picture uses it otherwise.
 INK = "#010203"
 
@@ -128,19 +132,63 @@ class Curve:
             )
 
 
+@dataclass(frozen=True)
+class Look:
+    """How one of many lines or points is told from the others.
+
+    Attributes:
+        colour: of the palette, one of six.
+        marker: its shape, one of twelve.
+        hollow: whether markers have no filling: of those whose colour an earlier one has.
+        dashes: of a line; with the colour, another pair for each.
+    """
+
+    colour: str
+    marker: str
+    hollow: bool
+    dashes: Any
+
+    @property
+    def markers(self) -> dict[str, Any]:
+        """Of matplotlib's `plot`: shape, colour and filling."""
+        face = "none" if self.hollow else self.colour
+        return {"marker": self.marker, "color": self.colour, "markerfacecolor": face}
+
+
+def look(index: int) -> Look:
+    """The index-th one's: colours repeat from the seventh on, and their markers are hollow."""
+    shapes = (*MARKERS, *_MORE_MARKERS)
+    turns = index // len(SERIES)
+    return Look(
+        SERIES[index % len(SERIES)],
+        shapes[index % len(shapes)],
+        turns > 0,
+        DASHES[(index + turns) % len(DASHES)],
+    )
+
+
 def canvas(size: tuple[float, float]) -> tuple[Any, Any]:
     """A figure of a size in inches, and its axes, in the style of all pictures."""
+    figure, ((axes,),) = canvases(size, 1, 1)
+    return figure, axes
+
+
+def canvases(size: tuple[float, float], rows: int, columns: int) -> tuple[Any, Any]:
+    """A figure of axes in rows and columns, of a size in inches each, and the (rows, columns) axes.
+
+    All have the same scales, which those at the left and lower edges have labels of.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        return figure, figure.add_subplot()
+        figure = Figure(figsize=(columns * size[0], rows * size[1]), layout="constrained")
+        return figure, figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
 
 
 def draw_line(axes: Any, line: Curve, index: int, *, band: str | None) -> None:
     """Draws the index-th line of a picture; `band` says in the legend what its errors are."""
-    colour, dashes = SERIES[index % len(SERIES)], DASHES[index % len(DASHES)]
+    colour, dashes = look(index).colour, look(index).dashes
     axes.plot(line.x, line.y, linestyle=dashes, color=colour, label=line.label)
     if line.errors is not None:
         low = [y - e for y, e in zip(line.y, line.errors, strict=True)]

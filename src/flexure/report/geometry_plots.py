@@ -13,6 +13,7 @@ from flexure.contracts import FlexureError
 from flexure.report.canvas import (
     BLUE,
     DASHES,
+    INK,
     MARKERS,
     PANEL,
     REFERENCE,
@@ -25,6 +26,7 @@ from flexure.report.canvas import (
     finished,
     integer_axis,
     label_text,
+    look,
     title_text,
 )
 from flexure.report.log_axes import drawable, log_axis, log_ends
@@ -172,7 +174,9 @@ def distributions(networks: Sequence[Samples], *, title: str, axis: str) -> Pict
     )
 
 
-def under_noise(lines: Sequence[NoiseLine], *, title: str, x_label: str, y_label: str) -> Picture:
+def under_noise(
+    lines: Sequence[NoiseLine], *, title: str, x_label: str, y_label: str, bounds: str = ""
+) -> Picture:
     """What noise of growing radius does, and its bounds; both axes logarithmic.
 
     Args:
@@ -180,6 +184,7 @@ def under_noise(lines: Sequence[NoiseLine], *, title: str, x_label: str, y_label
         title: above the picture.
         x_label: what x is, with its unit.
         y_label: what y is, with its unit.
+        bounds: what stands in the legend for all bounds; without, each has a label of its own.
 
     Raises:
         FlexureError: no lines.
@@ -188,13 +193,17 @@ def under_noise(lines: Sequence[NoiseLine], *, title: str, x_label: str, y_label
         raise FlexureError("expected at least one line to draw, got none; give larger radii")
     figure, axes = canvas(WIDE)
     for line in lines:
-        colour, dashes = SERIES[line.network], DASHES[int(line.is_bound)]
-        axes.plot(line.x, line.y, linestyle=dashes, color=colour, label=label_text(line.label),
-                  marker=MARKERS[line.network], markersize=4)  # fmt: skip
+        style, dashes = look(line.network), DASHES[int(line.is_bound)]
+        colour, thin = style.colour, bool(bounds) and line.is_bound
+        axes.plot(line.x, line.y, linestyle=dashes, linewidth=1.1 if thin else 2.0,
+                  **style.markers, markersize=3 if thin else 4.5,
+                  label=None if thin else label_text(line.label))  # fmt: skip
         if line.quartiles is not None and len(line.x) > 1:
             axes.fill_between(line.x, *line.quartiles, color=colour, alpha=0.2, linewidth=0)
         elif line.quartiles is not None:  # a band over one place has no width
             axes.vlines(line.x, *line.quartiles, color=colour, alpha=0.5, linewidth=2)
+    if bounds and any(line.is_bound for line in lines):
+        axes.plot([], [], linestyle=DASHES[1], linewidth=1.1, color=INK, label=label_text(bounds))
     log_axis(axes, "x", log_ends(x for line in lines for x in line.x))
     shown = [line.y for line in lines] + [end for line in lines for end in line.quartiles or ()]
     log_axis(axes, "y", log_ends(y for values in shown for y in values))

@@ -39,6 +39,7 @@ __all__ = [
     "numbers_table",
     "rate_sections",
     "row_measure",
+    "violated",
 ]
 
 NOISE = "gradient_change"
@@ -138,7 +139,7 @@ def noise_sections(found: Measurements) -> list[Section]:
             "times curvature, minus 1. The curvature in it is the largest that was found on "
             "points of the segment: an estimate. At kinks of ReLU the gradient jumps, which no "
             "curvature sees: there the bound does not hold.",
-            *(_violated(model) for model in models),
+            *(violated(model.name, model.summaries[NOISE].result) for model in models),
             f"Not drawn, since a logarithmic axis has no place for it: {'; '.join(missing)}."
             if missing
             else "",
@@ -290,19 +291,23 @@ def _named(value: float) -> str:
     return "not defined" if math.isnan(value) else "0" if value == 0 else "infinite"
 
 
-def _violated(model: ModelMeasurements) -> str:
-    """In how many draws the gradient changed by more than the bound, over the radii."""
-    result: Any = model.summaries[NOISE].result
+def violated(name: str, result: Any) -> str:
+    """In how many draws the gradient changed by more than the bound, over the radii.
+
+    Args:
+        name: of the network.
+        result: a `GradientChange`.
+    """
     shares = [
         share
         for share in result.violations.double().nanmean(0).tolist()
         if not math.isnan(share)
     ]  # fmt: skip
     if not shares:
-        return "" if result.points else f"{model.name}: no bound was asked for."
+        return "" if result.points else f"{name}: no bound was asked for."
     least, most = percent(min(shares)), percent(max(shares))
     told = least if least == most else f"{least} to {most}"
-    return f"{model.name}: the change exceeds its sample's bound in {told} of draws."
+    return f"{name}: the change exceeds its sample's bound in {told} of draws."
 
 
 def _without_rate(result: Any) -> str:

@@ -29,6 +29,7 @@ from flexure.report.canvas import (
     finished,
     integer_axis,
 )
+from flexure.report.log_axes import log_axis, log_ends
 
 __all__ = [
     "Estimate",
@@ -164,6 +165,7 @@ def curves(
     x_label: str = "x (no unit)",
     y_label: str = "y (no unit)",
     whole: bool = False,
+    log: bool = False,
 ) -> Picture:
     """Functions of one variable, with sample points if there are any.
 
@@ -174,6 +176,7 @@ def curves(
         x_label: what x is, with its unit.
         y_label: what y is, with its unit.
         whole: ticks of x at whole numbers only.
+        log: whether y is logarithmic; values that are not above 0 are left out then.
     """
     figure, axes = canvas(PANEL)
     if points is not None:
@@ -181,6 +184,8 @@ def curves(
     for k, line in enumerate(lines):
         draw_line(axes, line, k, band=None)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    if log:
+        log_axis(axes, "y", log_ends(y for line in lines for y in line.y))
     if whole:
         integer_axis(axes)
     draw_legend(figure)

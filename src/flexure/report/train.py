@@ -1,0 +1,259 @@
+"""What training by several methods says in a report: its sentences, sections and page.
+
+Reads a finished `FlatTraining`; trains, measures and chooses nothing. Tables are in
+`train_tables.py`, sections with pictures in `train_sections.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from flexure.methods.flat_quantities import FlatEstimate, FlatQuantity
+from flexure.methods.flat_result import FlatRow, FlatTraining
+from flexure.report.page import Section, write_page
+from flexure.report.tables import Table, table_of
+from flexure.report.train_sections import (
+    attack_sections,
+    boundary_sections,
+    curve_sections,
+    learned_sections,
+    noise_sections,
+    tradeoff_sections,
+)
+from flexure.report.train_tables import (
+    GEOMETRY,
+    attack_names,
+    covers,
+    discrepancy_table,
+    estimate_table,
+    estimate_text,
+    geometry_table,
+    methods_table,
+    more_table,
+)
+
+__all__ = ["flat_page", "flat_sections", "flat_summary"]
+
+SHOWS = (
+    "What each way to train this network gave on this data, from the same initial weights and "
+    "batches, with the same optimiser, schedule and number of epochs: accuracy, accuracy under one "
+    "attack, and the geometry of the loss at test samples.",
+    "How sure the numbers and the differences are, as far as the draws go that the intervals name.",
+)
+DOES_NOT_SHOW = (
+    "That a model is robust: an attack that finds nothing is no proof, and another may find more.",
+    "How the methods rank with other numbers: each was trained once with its weight or radius as "
+    "given, at one learning rate, and none was tuned.",
+    "What another training set or longer training would give.",
+    "That one method beats all others: with many of them one may look best by chance, and no "
+    "interval allows for that.",
+)
+_ONE_SEED = (
+    "What another training would give: there is one run of each method, and intervals are over "
+    "test samples alone."
+)
+
+
+def flat_page(
+    path: str | os.PathLike[str], found: FlatTraining, *, title: str, run: Table | None = None
+) -> Path:
+    """Writes the page of one comparison to `path`; see `write_page`."""
+    return write_page(
+        path,
+        title=title,
+        summary=flat_summary(found),
+        sections=flat_sections(found),
+        shows=SHOWS,
+        does_not_show=(*DOES_NOT_SHOW, *([_ONE_SEED] if len(found.seeds) == 1 else [])),
+        run=run,
+    )
+
+
+def flat_summary(found: FlatTraining) -> tuple[str, ...]:
+    """What was found, in sentences."""
+    sizes = ", ".join(f"{n} {name}" for name, n in found.samples.items())
+    epochs = found.settings.get("epochs")
+    what = [
+        f"{len(found.methods)} {'method' if len(found.methods) == 1 else 'methods'}",
+        f"{len(found.seeds)} {'seed' if len(found.seeds) == 1 else 'seeds'}",
+        *([] if epochs is None else [f"{epochs} epochs"]),
+    ]
+    told = covers(found)
+    intervals = f" Intervals in brackets: 95 %, over {told}." if told else ""
+    names = ["normalized", "gradient_norm", "accuracy", *attack_names(found)[-1:]]
+    leaders = [text for name in names if (text := _leader(found, found.quantities[name]))]
+    return (
+        f"{', '.join(what)}; samples: {sizes}.{intervals}",
+        *leaders,
+        *_cost(found),
+        *_failures(found),
+        *(f"Note: {note}." for note in found.told),
+    )
+
+
+def flat_sections(found: FlatTraining) -> list[Section]:
+    """Tables and pictures, the columns of the paper's tables first."""
+    return [
+        Section(
+            "Curvature, gradients and accuracy",
+            table=geometry_table(found),
+            caption="Means over samples and runs; in brackets 95 % intervals over "
+            f"{covers(found) or 'no draw'}. Geometry is that of the cross-entropy at the true "
+            f"label, on {_measured(found)}; accuracy is on all test samples. Curvature is the "
+            "Hessian norm over the gradient norm, of each sample.",
+        ),
+        *_difference_sections(found),
+        *tradeoff_sections(found),
+        *attack_sections(found),
+        *noise_sections(found),
+        *boundary_sections(found),
+        *learned_sections(found),
+        *curve_sections(found),
+        *_discrepancy_sections(found),
+        Section(
+            "More numbers",
+            table=more_table(found),
+            caption="Medians are over samples. NLL and expected calibration error are on all test "
+            "samples. The curvature rate is the growth of derivatives with their order.",
+        ),
+        Section(
+            "The methods",
+            table=methods_table(found),
+            caption="Seconds per epoch by the wall clock, without validation and saving.",
+        ),
+        *_note_sections(found),
+    ]
+
+
+def _leader(found: FlatTraining, quantity: FlatQuantity) -> str:
+    """Which method is best in a quantity, and how sure that is; empty where none has it."""
+    sign = -1.0 if quantity.better == "higher" else 1.0
+    ranked = sorted(
+        (row for row in found.rows if _is_finite(row.estimates.get(quantity.name))),
+        key=lambda row: sign * row.estimates[quantity.name].value,
+    )
+    if not ranked:
+        return ""
+    first, *others = ranked
+    word = "Highest" if quantity.better == "higher" else "Lowest"
+    mean = "mean " * (quantity.kind == "mean")
+    label = quantity.label.replace(" (share)", "")
+    only = "" if others else f" ({first.method} alone has a finite value)"
+    if len(found.methods) == 1:
+        return (
+            f"{mean}{label}: {_value(quantity, first)}{_at(found, quantity, first)}.".capitalize()
+        )
+    text = f"{word} {mean}{label}: {first.method}{only}, {_value(quantity, first)}"
+    text += f"{_at(found, quantity, first)}."
+    base = next((row for row in others if row.method == found.baseline), None)
+    for row in dict.fromkeys([row.method for row in (base, *others[:1]) if row is not None]):
+        text += f" {_against(quantity, first, found[row])}"
+    return text
+
+
+def _value(quantity: FlatQuantity, row: FlatRow) -> str:
+    told = estimate_text(quantity, row.estimates.get(quantity.name)) or "unknown"
+    return told.replace(" [", " % [", 1) if quantity.kind == "share" else told
+
+
+def _at(found: FlatTraining, quantity: FlatQuantity, row: FlatRow) -> str:
+    """The accuracy at which a geometric quantity was reached."""
+    if quantity.kind == "share" or "accuracy" not in row.estimates:
+        return ""
+    return f", at an accuracy of {100 * row.estimates['accuracy'].value:.2f} %"
+
+
+def _against(quantity: FlatQuantity, first: FlatRow, other: FlatRow) -> str:
+    """Another method's value, and the paired difference to it."""
+    value = f"{other.method}: {_value(quantity, other)}{_accuracy_of(quantity, other)}"
+    told = quantity.difference(first.runs, other.runs)
+    text = estimate_text(quantity, told, "+")
+    if told is None or text is None:
+        return f"{value}."
+    unit = " points" if quantity.kind == "share" else ""
+    text = text.replace(" [", f"{unit} [", 1)
+    unsure = told.has_interval and told.low <= 0 <= told.high
+    sure = ", which includes no difference" if unsure else ""
+    return f"{value}; difference on the same samples {text}{sure}."
+
+
+def _accuracy_of(quantity: FlatQuantity, row: FlatRow) -> str:
+    if quantity.kind == "share" or "accuracy" not in row.estimates:
+        return ""
+    return f" at {100 * row.estimates['accuracy'].value:.2f} %"
+
+
+def _is_finite(told: FlatEstimate | None) -> bool:
+    return told is not None and math.isfinite(told.value)
+
+
+def _cost(found: FlatTraining) -> list[str]:
+    """How long an epoch takes, over the baseline's."""
+    told = [
+        f"{row.method} {row.relative_time:.2f}"
+        for row in found.rows
+        if row.method != found.baseline and math.isfinite(row.relative_time)
+    ]
+    if not told:
+        return []
+    return [f"Time of an epoch, over that of {found.baseline}: {', '.join(told)}."]
+
+
+def _failures(found: FlatTraining) -> list[str]:
+    """Which trainings failed, and why the first of each method did."""
+    told = []
+    for row in found.rows:
+        failed = [run for run in row.runs if run.failure is not None]
+        if failed:
+            seeds = ", ".join(str(run.seed) for run in failed)
+            told.append(
+                f"{len(failed)} of {len(row.runs)} trainings by {row.method} failed (seeds "
+                f"{seeds}): {failed[0].failure}. The others are what its numbers rest on."
+            )
+    return told
+
+
+def _measured(found: FlatTraining) -> str:
+    measured = found.samples.get("measured")
+    return f"the first {measured} of them" if measured else "some of them"
+
+
+def _difference_sections(found: FlatTraining) -> list[Section]:
+    """What each method changes, paired by seed and sample."""
+    rows = [row for row in found.rows if row.method != found.baseline and row.differences]
+    if not rows:
+        return []
+    parts = {"curvature, gradients, accuracy": GEOMETRY, "under attack": attack_names(found)}
+    return [
+        Section(
+            f"Minus {found.baseline}: {part}",
+            table=estimate_table(found, names, rows, lambda row: row.differences, "+"),
+            caption="Differences on the same samples, and between runs of the same seed, with 95 % "
+            "intervals; of accuracies in percentage points.",
+        )
+        for part, names in parts.items()
+        if any(name in row.differences for row in rows for name in names)
+    ]
+
+
+def _discrepancy_sections(found: FlatTraining) -> list[Section]:
+    table = discrepancy_table(found)
+    if not table.rows:
+        return []
+    return [
+        Section(
+            "Training and test data",
+            table=table,
+            caption="How much larger each mean is on test samples than on training samples, (test "
+            "− train) / train: +1 is twice as large. In brackets 95 % intervals.",
+        )
+    ]
+
+
+def _note_sections(found: FlatTraining) -> list[Section]:
+    """What a reader must know of the numbers: refusals, failures, values that are bounds."""
+    if not found.notes:
+        return []
+    return [Section("Notes", table=table_of(["note"], [[note] for note in found.notes]))]

@@ -1,0 +1,206 @@
+"""The tables of a report on networks trained by several methods, and how their numbers are written.
+
+Reads a finished `FlatTraining`; its page is `train.py`'s, pictures are in `train_sections.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flexure.methods.flat_quantities import FlatEstimate, FlatQuantity
+from flexure.methods.flat_result import FlatRow, FlatTraining
+from flexure.report.tables import Table, table_of
+
+__all__ = [
+    "attack_names",
+    "covers",
+    "discrepancy_table",
+    "estimate_table",
+    "estimate_text",
+    "geometry_table",
+    "head_of",
+    "methods_table",
+    "more_table",
+    "noise_table",
+    "number_text",
+    "site_values",
+    "site_values_table",
+]
+
+GEOMETRY = ("gradient_norm", "hessian_norm", "normalized", "accuracy")
+_MORE = ("nll", "ece", "rate", "lipschitz")
+_PLAIN = (1e-3, 1e5)  # numbers from the one to the other are written without a power of ten
+_DIGITS = 4
+_SITES = 40  # rows of the table of learned values; the picture has all
+
+
+def attack_names(found: FlatTraining) -> tuple[str, ...]:
+    """Names of the quantities that are accuracies under attack, by increasing radius."""
+    return tuple(f"pgd_{radius:g}" for radius in sorted(found.radii))
+
+
+def head_of(quantity: FlatQuantity) -> str:
+    """The head of its column, with the unit."""
+    label = quantity.label[:1].lower() + quantity.label[1:]
+    return label.replace("(share)", "(%)") if quantity.kind == "share" else quantity.label
+
+
+def number_text(value: float, sign: str = "") -> str:
+    """A number of four digits; with a power of ten where it is very small or large."""
+    size = abs(value)
+    if size == 0 or not math.isfinite(value) or _PLAIN[0] <= size < _PLAIN[1]:
+        form = f"{sign}.0f" if 10**_DIGITS <= size < _PLAIN[1] else f"{sign}.{_DIGITS}g"
+        return f"{value:{form}}"
+    return f"{value:{sign}.2e}"
+
+
+def estimate_text(quantity: FlatQuantity, told: FlatEstimate | None, sign: str = "") -> str | None:
+    """A value and its interval, shares in per cent; None where there is none."""
+    if told is None or math.isnan(told.value):
+        return None
+    if quantity.kind == "share":
+        value, *ends = (f"{100 * v:{sign}.2f}" for v in (told.value, told.low, told.high))
+    else:
+        value, *ends = (number_text(v, sign) for v in (told.value, told.low, told.high))
+    return f"{value} [{ends[0]}, {ends[1]}]" if told.has_interval else value
+
+
+def covers(found: FlatTraining) -> str:
+    """What the intervals cover the draw of, in words."""
+    told = dict.fromkeys(
+        one.covers for row in found.rows for one in row.estimates.values() if one.has_interval
+    )
+    return "; ".join(told)
+
+
+def methods_table(found: FlatTraining) -> Table:
+    """What each method is, and how its trainings went."""
+    columns = ["method", "trained numbers", "seconds per epoch", f"times {found.baseline}",
+               "finished", "what it is"]  # fmt: skip
+    seconds = found.quantities["seconds_per_epoch"]
+    rows = [
+        (
+            row.method,
+            f"{row.parameters:,}",
+            estimate_text(seconds, row.estimates.get("seconds_per_epoch")),
+            None if math.isnan(row.relative_time) else f"{row.relative_time:.2f}",
+            f"{len(row.finished)} of {len(row.runs)}",
+            row.says,
+        )
+        for row in found.rows
+    ]
+    return table_of(columns, rows, *columns[1:-1])
+
+
+def geometry_table(found: FlatTraining) -> Table:
+    """The columns of the paper's Table 1, and the seconds of an epoch."""
+    names = [*GEOMETRY, "seconds_per_epoch"]
+    return estimate_table(found, names, found.rows, lambda row: row.estimates)
+
+
+def estimate_table(
+    found: FlatTraining,
+    names: Sequence[str],
+    rows: Sequence[FlatRow],
+    numbers: Callable[[FlatRow], Mapping[str, FlatEstimate]],
+    sign: str = "",
+) -> Table:
+    """Quantities of methods with their intervals.
+
+    Args:
+        found: of which they are.
+        names: of the quantities.
+        rows: the methods.
+        numbers: what is shown of a method, by quantity.
+        sign: `"+"` for differences.
+    """
+    known = [found.quantities[name] for name in names]
+    heads = [f"{'mean ' * (one.kind == 'mean')}{head_of(one)}" for one in known]
+    cells = [
+        [row.method, *(estimate_text(one, numbers(row).get(one.name), sign) for one in known)]
+        for row in rows
+    ]
+    return table_of(["method", *heads], cells, *heads)
+
+
+def more_table(found: FlatTraining) -> Table:
+    """Medians, calibration, rates and bounds; without the columns that no method has."""
+    columns: dict[str, list[str | None]] = {"method": [row.method for row in found.rows]}
+    for name in GEOMETRY[:3]:
+        medians = [_median(row.estimates.get(name)) for row in found.rows]
+        columns[f"median {found.quantities[name].label}"] = medians
+    for name in _MORE:
+        known = found.quantities[name]
+        columns[head_of(known)] = [
+            estimate_text(known, row.estimates.get(name)) for row in found.rows
+        ]
+    kept = {head: cells for head, cells in columns.items() if any(cells)}
+    return table_of(kept, zip(*kept.values(), strict=True), *list(kept)[1:])
+
+
+def discrepancy_table(found: FlatTraining) -> Table:
+    """The paper's Table 3, signed: (test − train) / train."""
+    known = [found.quantities[name] for name in GEOMETRY[:3]]
+    heads = [one.label.split(" (")[0] for one in known]
+    rows = [
+        [row.method, *(estimate_text(one, row.discrepancies.get(one.name), "+") for one in known)]
+        for row in found.rows
+        if row.discrepancies
+    ]
+    return table_of(["method", *heads], rows, *heads)
+
+
+def noise_table(found: FlatTraining) -> Table:
+    """Mean gradient changes with their intervals, one row a method, one column a radius."""
+    rows = [row for row in found.rows if row.noise]
+    radii = sorted({point.radius for row in rows for point in row.noise})
+    heads = [f"noise {radius:.3g}" for radius in radii]
+    cells = []
+    for row in rows:
+        there = {point.radius: point.change for point in row.noise}
+        cells.append([row.method, *(_change(there.get(radius)) for radius in radii)])
+    return table_of(["method", *heads], cells, *heads)
+
+
+def site_values(found: FlatTraining, name: str) -> dict[str, dict[str, float]]:
+    """Method -> site -> its learned value, the mean over runs; of methods that have some.
+
+    Args:
+        found: the result.
+        name: `"betas"` or `"gammas"`.
+    """
+    learned = {}
+    for row in found.rows:
+        runs = [getattr(run, name) for run in row.finished if getattr(run, name)]
+        if runs:
+            learned[row.method] = {
+                site: math.fsum(run[site] for run in runs) / len(runs) for site in runs[0]
+            }
+    return learned
+
+
+def site_values_table(learned: Mapping[str, Mapping[str, float]]) -> Table:
+    """Learned values, one row a site, at most the first forty, one column a method."""
+    places = list(dict.fromkeys(site for values in learned.values() for site in values))[:_SITES]
+    rows: list[list[Any]] = [
+        [k, site, *(_known(values.get(site)) for values in learned.values())]
+        for k, site in enumerate(places, 1)
+    ]
+    return table_of(["number", "site", *learned], rows, "number", *learned)
+
+
+def _median(told: FlatEstimate | None) -> str | None:
+    return None if told is None or math.isnan(told.median) else number_text(told.median)
+
+
+def _change(told: FlatEstimate | None) -> str | None:
+    if told is None or math.isnan(told.value):
+        return None
+    value, low, high = (f"{v:.3g}" for v in (told.value, told.low, told.high))
+    return f"{value} [{low}, {high}]" if told.has_interval else value
+
+
+def _known(value: float | None) -> str | None:
+    return None if value is None else number_text(value)
