@@ -336,8 +336,8 @@ def _beyond(row: FlatRow) -> str:
 def _map(found: FlatTraining, row: FlatRow, seed: int | None) -> ClassMap | None:
     """The map of a method's first run, or of the one from a seed; None without a finite one."""
     runs = [
-        run for run in row.finished
-        if run.probabilities is not None and bool(run.probabilities.isfinite().all())
+        (run, known) for run in row.finished
+        if (known := run.probabilities) is not None and bool(known.isfinite().all())
         and seed in (None, run.seed)
     ]  # fmt: skip
     plane: Plane | None = found.plane
