@@ -176,6 +176,10 @@ class Totals:
         else:
             self._sums[index].add_(torch.sum(torch.mul(p, q, out=room), 0, keepdim=True))
 
+    def put(self, index: int, total: Tensor) -> None:
+        """Adds the sum over the next block of a flat layout, taken elsewhere."""
+        self._parts[index].append(total)
+
     def result(self, index: int) -> Tensor:
         """The total in float64 (in the working dtype where a device has none), as `spread`."""
         if self._varies == "column":

@@ -67,8 +67,8 @@ class CenteredSoftplus(nn.Module):
     @property
     def beta(self) -> Tensor:
         """The inverse temperature, positive, `()`, with its graph to `raw_beta`."""
-        # The raw operator: no function mode takes it for an activation of the network.
-        return cast(Tensor, _aten.softplus(self.raw_beta))
+        # Not as softplus: no census may take it for an activation of the network.
+        return -cast(Tensor, _aten.log_sigmoid(-self.raw_beta))
 
     def forward(self, x: Tensor, *, inplace: bool = False, **params: Any) -> Tensor:
         """Centered softplus of `x`, of its shape and dtype; `x` itself where in place.
