@@ -11,6 +11,7 @@ from torch import nn
 import flexure
 from flexure.contracts import FlexureError
 from flexure.layers.lipschitz_norm import LipschitzBatchNorm
+from flexure.layers.spectral_norm import spectral_norm
 from flexure.penalties import CURE, CurvatureRate, GradientNorm, LowCurvature
 from flexure.penalties.curvature_rate import unit_directions
 from flexure.train import Checkpoint, fit
@@ -208,7 +209,7 @@ def test_a_rate_without_derivatives_is_zero():
     x, y = labelled()
     found = CurvatureRate()(step_of(model, x, y))
     gradients = torch.autograd.grad(found, list(model.parameters()), allow_unused=True)
-    assert float(found) == 0
+    assert float(found.detach()) == 0
     assert all(g is None or not g.any() for g in gradients)
 
 
@@ -262,6 +263,37 @@ def test_all_together_write_statistics_once_an_update_and_leave_the_modes():
     for key, value in alone.state_dict().items():
         assert torch.equal(penalised.state_dict()[key], value), key
     assert int(penalised[4].num_batches_tracked) == 3
+
+
+def test_spectral_norms_go_on_as_without_penalties():
+    """In eval mode, in which f is differentiated, they would converge, and cost many steps."""
+    x, y = labelled()
+    found = []
+    for weights in ({}, dict.fromkeys(ALL, 1.0)):
+        model = network()
+        model[0], model[3] = spectral_norm(model[0]), spectral_norm(model[3])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        fit(model, [(x, y)] * 3, epochs=2, seed=0, optimizer=optimizer, penalties=weights)
+        found.append(model.state_dict())
+    assert all(torch.equal(found[1][key], value) for key, value in found[0].items())
+    step = step_of(model, x, y)
+    alike = nn.Sequential(*(deepcopy(layer) for layer in model))
+    for place in (0, 3):
+        alike[place] = nn.Linear(*model[place].weight.shape[::-1]).double()
+        alike[place].weight, alike[place].bias = (
+            nn.Parameter(t.detach()) for t in (model[place].weight, model[place].bias)
+        )
+    expected = slow.curvature_rate(alike.eval(), x, unit_directions(step, x))
+    torch.testing.assert_close(CurvatureRate()(step), expected, rtol=1e-9, atol=0)
+
+
+def test_a_compiled_network_keeps_its_curvature_rate():
+    x, y = labelled()
+    model = network(norm=False)
+    expected = CurvatureRate()(step_of(model, x, y))
+    model[0].compile(backend="eager")
+    model(x)
+    assert torch.equal(CurvatureRate()(step_of(model, x, y)), expected)
 
 
 def test_bfloat16_gives_nearly_the_penalties_of_float32():

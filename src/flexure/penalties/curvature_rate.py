@@ -8,12 +8,15 @@ The measure of the same name, over more orders and directions, is `flexure.curva
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from flexure.calling import call_model, evaluating, logits_of, map_tensors, unwritten
 from flexure.contracts import FlexureError, Step
@@ -43,9 +46,11 @@ class CurvatureRate:
     sample's place in the global batch alone.
 
     f is the network in eval mode, which treats each sample by itself: BatchNorm with its running
-    statistics, held constant, and no dropout. It is computed in the precision of the inputs, also
-    under bfloat16. Where v_1 or v_2 is 0 to rounding at all samples, the penalty is 0 and has no
-    gradient. Costs one forward pass that carries three tensors.
+    statistics, held constant, and no dropout; parametrized weights are as they are in training,
+    since they see no samples. It is computed in the precision of the inputs, also where `fit`
+    computes in bfloat16, and compiled networks run as Python. Where v_1 or v_2 is 0 to rounding at
+    all samples, the penalty is 0 and has no gradient. Costs one forward pass that carries three
+    tensors.
 
     Attributes:
         default_weight: of [CR].
@@ -101,7 +106,7 @@ def _derivatives(model: nn.Module, x: Any, v: Tensor) -> tuple[Tensor, Tensor, T
     point = point_of(x)
     field = _Field(model, x, point)
     with (
-        evaluating(model),
+        _one_by_one(model),
         unwritten(model, differentiated=True),
         twice_differentiable(),
         uncompiled(),
@@ -114,6 +119,19 @@ def _derivatives(model: nn.Module, x: Any, v: Tensor) -> tuple[Tensor, Tensor, T
                 f"is {what} it; leave the penalty CurvatureRate out"
             )
     return found[1], 2 * found[2], field.log_scale
+
+
+@contextmanager
+def _one_by_one(model: nn.Module) -> Iterator[None]:
+    """Eval mode, but for parametrizations of weights, which see no samples.
+
+    Spectral norms converge in eval mode, which costs many steps, and would after each update.
+    """
+    with evaluating(model):
+        for module in model.modules():
+            if isinstance(module, ParametrizationList):
+                module.train()
+        yield
 
 
 class _Field:
