@@ -336,19 +336,24 @@ def _met(passed: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The sum of what a node's consumers pass back; both bounds, each improved by the other."""
     elements = _defined(sum((e for e, _ in passed[1:]), start=passed[0][0]))
     norms = _defined(sum((n for _, n in passed[1:]), start=passed[0][1]))
-    norms = torch.minimum(norms, norm_of(elements.flatten(1)))
+    norms = torch.minimum(norms, norm_of(_rows(elements)))
     return torch.minimum(elements, _outer(norms, torch.ones(elements.shape[1:], **WIDE))), norms
 
 
 def _contribution(index: int, node: Bend, before: Reach, sensitivity: Tensor) -> Bent:
     """‖Zᵀ diag(d) Z‖₂ <= min(max_i |d_i|·‖Z‖₂², Σ_i |d_i|·‖row i of Z‖₂²)."""
     # Roots, whose products stay within float64 where their squares do.
-    roots = _defined(_times(node.curvature, sensitivity)).flatten(1).sqrt()
+    roots = _rows(_defined(_times(node.curvature, sensitivity))).sqrt()
     by_norm = _times(roots.amax(1), before.norm)
     by_units = norm_of(_times(roots, before.elements.expand(node.shape).flatten()))
     root = torch.fmin(by_norm, by_units)
     bound = _defined(_times(root, root))
-    return Bent(index, sensitivity.flatten(1).amax(1), bound)
+    return Bent(index, _rows(sensitivity).amax(1), bound)
+
+
+def _rows(bounds: Tensor) -> Tensor:
+    """`(K, *shape)` as `(K, elements)`, numbers too."""
+    return bounds[:, None].flatten(1)
 
 
 def _transposed(apply: Callable[[Tensor], Tensor], shape: Sequence[int], given: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexure.layers.geometry import per_axis
 from flexure.measure.bound_graph import WIDE
-from flexure.measure.bound_rules import Signal, bent, concatenated, moved, selected
+from flexure.measure.bound_rules import Signal, bent, concatenated, selected, shifted
 from flexure.measure.propagate import Unsupported
 
 __all__ = ["MAXIMUM", "adaptive_max_pool", "larger", "largest", "largest_along", "max_pool"]
@@ -97,7 +97,7 @@ def larger(function: Any, x: Any, y: Any) -> Signal:
     signals = [each for each in (x, y) if isinstance(each, Signal)]
     _check(signals[0])
     shape = torch.broadcast_shapes(x.shape, y.shape)  # type: ignore[no-untyped-call]
-    wide = [moved(torch.Tensor.expand, each, shape) for each in signals]
+    wide = [shifted(each, torch.empty(shape, device="meta")) for each in signals]
     if len(wide) == 1:
         return bent(wide[0], 1.0, torch.inf, "")
     both: Signal = concatenated(torch.stack, wide)
