@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,6 +67,25 @@ def test_the_model_is_as_it_was() -> None:
         Adversarial(bounds=(0, 1))(step_of(model, x, y))
     with untouched(model, x, y), torch.no_grad():
         Adversarial()(step_of(model, x, y))
+
+
+@dataclass(frozen=True)
+class Backward:
+    """An attack that fills the gradients of whatever needs one."""
+
+    norm: str = "linf"
+
+    def run(self, model, x, y, *, eps, generator) -> Tensor:
+        at = x.clone().requires_grad_()
+        nn.functional.cross_entropy(model(at), y).backward()
+        return x + 10 * at.grad.sign()
+
+
+def test_another_attack_leaves_no_gradients_and_stays_in_the_ball() -> None:
+    model, (x, y) = scenarios.network(), scenarios.data()
+    with untouched(model, x, y):
+        found = Adversarial(Backward(), eps=0.1)(step_of(model, x, y))
+    assert float((found - x).abs().max()) <= 0.1 * (1 + 1e-6)
 
 
 def test_batch_statistics_are_those_of_the_attacked_batch() -> None:

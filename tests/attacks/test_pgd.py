@@ -91,10 +91,11 @@ class NotFinite(nn.Module):
         return torch.cat([x[:, :1] + bad + far, x[:, 1:2]], 1)
 
 
-def test_gradients_and_logits_that_are_not_finite() -> None:
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_gradients_and_logits_that_are_not_finite(norm: str) -> None:
     x = torch.tensor([[0.8, 0.1], [0.2, 0.1], [0.6, 0.85]])
     y = torch.zeros(3, dtype=torch.int64)
-    found = PGD("linf").run(NotFinite(), x, y, eps=0.3, generator=seeded())
+    found = PGD(norm).run(NotFinite(), x, y, eps=0.3, generator=seeded())
     assert found.isfinite().all()
     assert ((found - x).abs() <= 0.3 + 1e-6).all()
 
@@ -157,6 +158,18 @@ def test_more_restarts_break_no_fewer_and_early_stops_break_the_same() -> None:
     assert torch.equal(wrong(until_misclassified=True), one)
     assert torch.equal(wrong(restarts=3, until_misclassified=True), three)
     assert (one >= wrong(keep="last")).all()
+
+
+def test_the_best_point_visited_is_kept() -> None:
+    model, x = small_network(), torch.randn(100, 10)
+    y = model(x).argmax(1)
+    losses = []
+    for keep in ("best", "last"):
+        attack = PGD("linf", steps=6, step_size=2.0, keep=keep)  # steps that leap over maxima
+        found = attack.run(model, x, y, eps=2.0, generator=seeded())
+        losses.append(nn.functional.cross_entropy(model(found), y, reduction="none").detach())
+    assert (losses[0] >= losses[1] - 1e-6).all()
+    assert (losses[0] > losses[1] + 1e-4).any()
 
 
 def test_last_costs_as_many_calls_as_steps() -> None:

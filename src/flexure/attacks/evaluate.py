@@ -206,7 +206,6 @@ def _attacked(
 def _right(model: nn.Module, x: Tensor, y: Tensor, finite: str | None) -> Tensor:
     """(B,) whether predictions are labels; logits must be finite where `finite` says of what."""
     with evaluating(model), torch.no_grad():
-        model.eval()
         logits = check_logits(logits_of(model(x.clone())), y)
     known = logits.isfinite().all(1)
     if finite is not None and not bool(known.all()):
