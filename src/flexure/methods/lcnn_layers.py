@@ -217,11 +217,14 @@ def _normalised(layer: WeightLayer, uses: WeightUses) -> Part:
 
 def _normalise(layer: WeightLayer, size: tuple[int, ...] | None, undo: ExitStack) -> None:
     module = layer.module
-    hooks = set(module._forward_pre_hooks)
+    hooks, order = set(module._forward_pre_hooks), list(module._parameters)
     spectral_norm(module, input_size=size)
 
     def put_back() -> None:
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        # In the order that optimisers know them by.
+        for key in order:
+            module._parameters[key] = module._parameters.pop(key)
         for key in set(module._forward_pre_hooks) - hooks:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
