@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 _RUNNING_BINS = 8  # of equal counts: enough to see a trend, each with samples to take a median of
+_THIN = 0.8  # points that a bound's line is wide where the dashes tell networks apart
 _NO_DOUBT = 1e-16  # where samples without doubt are drawn if there are no others
 
 
@@ -184,7 +185,8 @@ def under_noise(
         title: above the picture.
         x_label: what x is, with its unit.
         y_label: what y is, with its unit.
-        bounds: what stands in the legend for all bounds; without, each has a label of its own.
+        bounds: what stands in the legend for all bounds, which are thin then, and dashes tell
+            networks apart; without, bounds are dashed, and each has a label of its own.
 
     Raises:
         FlexureError: no lines.
@@ -193,17 +195,18 @@ def under_noise(
         raise FlexureError("expected at least one line to draw, got none; give larger radii")
     figure, axes = canvas(WIDE)
     for line in lines:
-        style, dashes = look(line.network), DASHES[int(line.is_bound)]
-        colour, thin = style.colour, bool(bounds) and line.is_bound
-        axes.plot(line.x, line.y, linestyle=dashes, linewidth=1.1 if thin else 2.0,
-                  **style.markers, markersize=3 if thin else 4.5,
+        style, thin = look(line.network), bool(bounds) and line.is_bound
+        colour = style.colour
+        dashes = "-" if thin else style.dashes if bounds else DASHES[int(line.is_bound)]
+        axes.plot(line.x, line.y, linestyle=dashes, linewidth=_THIN if thin else 2.0,
+                  **style.markers, markersize=3 if thin else 4.5, markeredgewidth=0.8,
                   label=None if thin else label_text(line.label))  # fmt: skip
         if line.quartiles is not None and len(line.x) > 1:
             axes.fill_between(line.x, *line.quartiles, color=colour, alpha=0.2, linewidth=0)
         elif line.quartiles is not None:  # a band over one place has no width
             axes.vlines(line.x, *line.quartiles, color=colour, alpha=0.5, linewidth=2)
     if bounds and any(line.is_bound for line in lines):
-        axes.plot([], [], linestyle=DASHES[1], linewidth=1.1, color=INK, label=label_text(bounds))
+        axes.plot([], [], linewidth=_THIN, color=INK, label=label_text(bounds))
     log_axis(axes, "x", log_ends(x for line in lines for x in line.x))
     shown = [line.y for line in lines] + [end for line in lines for end in line.quartiles or ()]
     log_axis(axes, "y", log_ends(y for values in shown for y in values))

@@ -10,10 +10,10 @@ import math
 import os
 from pathlib import Path
 
-from flexure.methods.flat_quantities import FlatEstimate, FlatQuantity
+from flexure.methods.flat_quantities import FlatQuantity
 from flexure.methods.flat_result import FlatRow, FlatTraining
 from flexure.report.page import Section, write_page
-from flexure.report.tables import Table, table_of
+from flexure.report.tables import Table, percent, table_of
 from flexure.report.train_sections import (
     attack_sections,
     boundary_sections,
@@ -50,6 +50,7 @@ DOES_NOT_SHOW = (
     "That one method beats all others: with many of them one may look best by chance, and no "
     "interval allows for that.",
 )
+_SPACE = "\N{NO-BREAK SPACE}"
 _ONE_SEED = (
     "What another training would give: there is one run of each method, and intervals are over "
     "test samples alone."
@@ -84,8 +85,9 @@ def flat_summary(found: FlatTraining) -> tuple[str, ...]:
     intervals = f" Intervals in brackets: 95 %, over {told}." if told else ""
     names = ["normalized", "gradient_norm", "accuracy", *attack_names(found)[-1:]]
     leaders = [text for name in names if (text := _leader(found, found.quantities[name]))]
+    paired = " Differences are paired by seed and sample." if len(found.methods) > 1 else ""
     return (
-        f"{', '.join(what)}; samples: {sizes}.{intervals}",
+        f"{', '.join(what)}; samples: {sizes}.{intervals}{paired}",
         *leaders,
         *_cost(found),
         *_failures(found),
@@ -129,64 +131,49 @@ def flat_sections(found: FlatTraining) -> list[Section]:
 
 def _leader(found: FlatTraining, quantity: FlatQuantity) -> str:
     """Which method is best in a quantity, and how sure that is; empty where none has it."""
-    sign = -1.0 if quantity.better == "higher" else 1.0
-    ranked = sorted(
-        (row for row in found.rows if _is_finite(row.estimates.get(quantity.name))),
-        key=lambda row: sign * row.estimates[quantity.name].value,
-    )
-    if not ranked:
+    values = {
+        row.method: told.value
+        for row in found.rows
+        if (told := row.estimates.get(quantity.name)) is not None and math.isfinite(told.value)
+    }
+    if not values:
         return ""
-    first, *others = ranked
-    word = "Highest" if quantity.better == "higher" else "Lowest"
-    mean = "mean " * (quantity.kind == "mean")
+    best = (max if quantity.better == "higher" else min)(values.values())
+    first, *tied = (found[method] for method, value in values.items() if value == best)
     label = quantity.label.replace(" (share)", "")
-    only = "" if others else f" ({first.method} alone has a finite value)"
-    if len(found.methods) == 1:
-        return (
-            f"{mean}{label}: {_value(quantity, first)}{_at(found, quantity, first)}.".capitalize()
-        )
-    text = f"{word} {mean}{label}: {first.method}{only}, {_value(quantity, first)}"
-    text += f"{_at(found, quantity, first)}."
-    base = next((row for row in others if row.method == found.baseline), None)
-    for row in dict.fromkeys([row.method for row in (base, *others[:1]) if row is not None]):
-        text += f" {_against(quantity, first, found[row])}"
-    return text
+    label = "mean " * (quantity.kind == "mean") + label
+    if len(found.methods) > 1:
+        names = " and ".join(row.method for row in (first, *tied))
+        word = "highest" if quantity.better == "higher" else "lowest"
+        label = f"{word} {label}: {names}" + (" (the only finite one)" if len(values) == 1 else "")
+    text = f"{label[:1].upper()}{label[1:]}, {_value(found, quantity, first)}."
+    others = sorted((m for m in values if values[m] != best), key=lambda m: abs(values[m] - best))
+    compared = dict.fromkeys([*(m for m in others if m == found.baseline), *others[:1]])
+    return " ".join([text, *(_against(found, quantity, first, found[m]) for m in compared)])
 
 
-def _value(quantity: FlatQuantity, row: FlatRow) -> str:
-    told = estimate_text(quantity, row.estimates.get(quantity.name)) or "unknown"
-    return told.replace(" [", " % [", 1) if quantity.kind == "share" else told
+def _value(found: FlatTraining, quantity: FlatQuantity, row: FlatRow) -> str:
+    """A value with its interval, and the accuracy at which it was reached."""
+    told = estimate_text(quantity, row.estimates.get(quantity.name)) or ""
+    if quantity.kind == "share":
+        head, *ends = told.split(" ", 1)
+        return " ".join([f"{head}{_SPACE}%", *ends])
+    accuracy = row.estimates.get("accuracy")
+    return told if accuracy is None else f"{told} at {percent(accuracy.value)} accuracy"
 
 
-def _at(found: FlatTraining, quantity: FlatQuantity, row: FlatRow) -> str:
-    """The accuracy at which a geometric quantity was reached."""
-    if quantity.kind == "share" or "accuracy" not in row.estimates:
-        return ""
-    return f", at an accuracy of {100 * row.estimates['accuracy'].value:.2f} %"
-
-
-def _against(quantity: FlatQuantity, first: FlatRow, other: FlatRow) -> str:
-    """Another method's value, and the paired difference to it."""
-    value = f"{other.method}: {_value(quantity, other)}{_accuracy_of(quantity, other)}"
+def _against(found: FlatTraining, quantity: FlatQuantity, first: FlatRow, other: FlatRow) -> str:
+    """The paired difference to another method."""
     told = quantity.difference(first.runs, other.runs)
     text = estimate_text(quantity, told, "+")
+    of = f"{other.method}, which has {_value(found, quantity, other)}"
     if told is None or text is None:
-        return f"{value}."
-    unit = " points" if quantity.kind == "share" else ""
-    text = text.replace(" [", f"{unit} [", 1)
+        return f"Not to be compared, run by run, with {of}."
     unsure = told.has_interval and told.low <= 0 <= told.high
-    sure = ", which includes no difference" if unsure else ""
-    return f"{value}; difference on the same samples {text}{sure}."
-
-
-def _accuracy_of(quantity: FlatQuantity, row: FlatRow) -> str:
-    if quantity.kind == "share" or "accuracy" not in row.estimates:
-        return ""
-    return f" at {100 * row.estimates['accuracy'].value:.2f} %"
-
-
-def _is_finite(told: FlatEstimate | None) -> bool:
-    return told is not None and math.isfinite(told.value)
+    sure = ": the interval includes 0, that is, no difference" if unsure else ""
+    unit = " points" * (quantity.kind == "share")
+    head, *ends = text.split(" ", 1)
+    return f"Against {of}: {' '.join([head + unit, *ends])}{sure}."
 
 
 def _cost(found: FlatTraining) -> list[str]:
@@ -254,6 +241,5 @@ def _discrepancy_sections(found: FlatTraining) -> list[Section]:
 
 def _note_sections(found: FlatTraining) -> list[Section]:
     """What a reader must know of the numbers: refusals, failures, values that are bounds."""
-    if not found.notes:
-        return []
-    return [Section("Notes", table=table_of(["note"], [[note] for note in found.notes]))]
+    notes = [note for note in found.notes if note not in found.told]
+    return [Section("Notes", table=table_of(["note"], [[n] for n in notes]))] if notes else []

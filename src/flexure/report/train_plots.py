@@ -37,7 +37,7 @@ _APART = 0.14  # of the smallest step between radii, between the marks of neighb
 _STEPS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the margin of probability, one tint each
 _TINTS = (0.10, 0.18, 0.26, 0.34, 0.44)  # opacities
 _NARROW = 3.0  # of a map's sides, beyond which its axes have scales of their own
-_SMALL = (2.7, 2.7)  # inches of one map among several
+_AROUND = (0.75, 0.85)  # inches beside and above a map: labels, ticks, title
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,10 @@ def tradeoff(
             axes.hlines(y.value, x.low, x.high, color=style.colour, linewidth=1.6)
         if _has_interval(y):  # an end that the axis has no place for is beyond its edge
             axes.vlines(x.value, max(y.low, heights[0]), y.high, color=style.colour, linewidth=1.6)
-        axes.plot(x.value, y.value, linestyle="", markersize=8, markeredgewidth=1.6,
-                  **style.markers, label=label_text(name))  # fmt: skip
+        # Without filling: of marks at one place, all are seen.
+        axes.plot(x.value, y.value, linestyle="", marker=style.marker, color=style.colour,
+                  markersize=9, markeredgewidth=1.8, markerfacecolor="none",
+                  label=label_text(name))  # fmt: skip
     axes.set(xlabel=x_label, ylabel=y_label, title=title_text(title, WIDE))
     draw_legend(figure)
     told = "; ".join(f"{name}: {x.value:.4g}, {y.value:.3g}" for _, name, x, y in shown)
@@ -155,10 +157,11 @@ def tradeoff(
 
 def class_map(found: ClassMap) -> Picture:
     """One map: classes as colours, the more opaque the surer, their boundaries, and the data."""
-    figure, axes = canvas(PANEL)
+    size = _map_size(found)
+    figure, axes = canvas(size)
     _draw_map(axes, found)
     axes.set(xlabel="x1 (input unit)", ylabel="x2 (input unit)",
-             title=title_text(found.title, PANEL))  # fmt: skip
+             title=title_text(found.title, size))  # fmt: skip
     return finished(figure, f"{found.title}. {_described(found)}")
 
 
@@ -176,11 +179,12 @@ def class_maps(maps: Sequence[ClassMap], *, columns: int | None = None) -> Pictu
         raise FlexureError("expected at least one map to draw, got none; give 2-D data")
     wide = min(len(maps), columns or 3)
     rows = -(-len(maps) // wide)
-    figure, axes = canvases(_SMALL, rows, wide)
+    size = _map_size(maps[0])
+    figure, axes = canvases(size, rows, wide)
     places = [place for row in axes for place in row]
     for place, one in zip(places, maps, strict=False):
         _draw_map(place, one)
-        place.set_title(title_text(one.title, _SMALL))
+        place.set_title(title_text(one.title, size))
     for place in places[len(maps) :]:
         place.set_visible(False)
     for k, place in enumerate(places[: len(maps)]):
@@ -190,6 +194,19 @@ def class_maps(maps: Sequence[ClassMap], *, columns: int | None = None) -> Pictu
                   ylabel="x2 (input unit)" if k % wide == 0 else "")  # fmt: skip
     told = "; ".join(one.title for one in maps)
     return finished(figure, f"{len(maps)} decision maps: {told}. {_described(maps[0])}")
+
+
+def _map_size(found: ClassMap) -> tuple[float, float]:
+    """Of a picture, in inches: as wide as a panel, or as high."""
+    across, up = _sides(found)
+    ratio = up / across if max(across, up) <= _NARROW * min(across, up) else 1.0
+    wide = PANEL[0] - _AROUND[0]
+    width = wide / max(ratio, 1.0)
+    return width + _AROUND[0], wide * min(ratio, 1.0) + _AROUND[1]
+
+
+def _sides(found: ClassMap) -> tuple[float, float]:
+    return float(found.x[-1] - found.x[0]), float(found.y[-1] - found.y[0])
 
 
 def _draw_map(axes: Any, found: ClassMap) -> None:
@@ -214,7 +231,7 @@ def _draw_map(axes: Any, found: ClassMap) -> None:
                   color=SERIES[k % len(SERIES)], markersize=3, markeredgewidth=0.4,
                   markeredgecolor=INK)  # fmt: skip
     axes.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
-    sides = sorted((x[-1] - x[0], y[-1] - y[0]))
+    sides = sorted(_sides(found))
     if sides[1] <= _NARROW * sides[0]:
         axes.set_aspect("equal")
     else:

@@ -65,7 +65,7 @@ def tradeoff_sections(found: FlatTraining) -> list[Section]:
     if all(mark is None for mark in marks) or len(found.rows) == 1:
         return []
     picture = tradeoff(
-        marks, title="Curvature against accuracy", x_label=head_of(x), y_label=f"mean {y.label}"
+        marks, title="Curvature against accuracy", x_label=head_of(x), y_label=head_of(y)
     )
     missing = f" Not drawn, without a positive finite mean: {', '.join(lost)}." if lost else ""
     return [
@@ -142,7 +142,7 @@ def noise_figure(found: FlatTraining, *, methods: Sequence[str] | None = None) -
         title="Relative gradient change",
         x_label="noise (l2 norm, input units)",
         y_label="‖∇f(x+ε) − ∇f(x)‖ / ‖∇f(x)‖, median",
-        bounds="its bound (estimate), same colour",
+        bounds="thin: the bound of each (estimate)",
     )
 
 
@@ -245,8 +245,8 @@ def curve_sections(found: FlatTraining) -> list[Section]:
             "Training",
             pictures=tuple(pictures),
             caption="After each epoch, means over seeds. The objective is what each method "
-            "minimises, with its penalties and on the inputs that it makes: it does not compare "
-            f"methods, which validation data do.{bands}",
+            "minimises, with its penalties and on the inputs that it makes: compare methods by "
+            f"validation loss and accuracy.{bands}",
         )
     ]
 

@@ -31,8 +31,8 @@ __all__ = [
 
 GEOMETRY = ("gradient_norm", "hessian_norm", "normalized", "accuracy")
 _MORE = ("nll", "ece", "rate", "lipschitz")
-_PLAIN = (1e-3, 1e5)  # numbers from the one to the other are written without a power of ten
-_DIGITS = 4
+_PLAIN = (1e-4, 1e5)  # numbers from the one to the other are written without a power of ten
+_DIGITS = 3
 _SITES = 40  # rows of the table of learned values; the picture has all
 
 
@@ -43,12 +43,13 @@ def attack_names(found: FlatTraining) -> tuple[str, ...]:
 
 def head_of(quantity: FlatQuantity) -> str:
     """The head of its column, with the unit."""
-    label = quantity.label[:1].lower() + quantity.label[1:]
-    return label.replace("(share)", "(%)") if quantity.kind == "share" else quantity.label
+    if quantity.kind == "share":
+        return f"{quantity.head} (%)"
+    return "mean " * (quantity.kind == "mean") + quantity.label.split(", ")[0]
 
 
 def number_text(value: float, sign: str = "") -> str:
-    """A number of four digits; with a power of ten where it is very small or large."""
+    """A number of three digits; with a power of ten where it is very small or large."""
     size = abs(value)
     if size == 0 or not math.isfinite(value) or _PLAIN[0] <= size < _PLAIN[1]:
         form = f"{sign}.0f" if 10**_DIGITS <= size < _PLAIN[1] else f"{sign}.{_DIGITS}g"
@@ -117,7 +118,7 @@ def estimate_table(
         sign: `"+"` for differences.
     """
     known = [found.quantities[name] for name in names]
-    heads = [f"{'mean ' * (one.kind == 'mean')}{head_of(one)}" for one in known]
+    heads = [head_of(one) for one in known]
     cells = [
         [row.method, *(estimate_text(one, numbers(row).get(one.name), sign) for one in known)]
         for row in rows
@@ -145,7 +146,7 @@ def discrepancy_table(found: FlatTraining) -> Table:
     known = [found.quantities[name] for name in GEOMETRY[:3]]
     heads = [one.label.split(" (")[0] for one in known]
     rows = [
-        [row.method, *(estimate_text(one, row.discrepancies.get(one.name), "+") for one in known)]
+        [row.method, *(_relative(row.discrepancies.get(name)) for name in GEOMETRY[:3])]
         for row in found.rows
         if row.discrepancies
     ]
@@ -198,8 +199,16 @@ def _median(told: FlatEstimate | None) -> str | None:
 def _change(told: FlatEstimate | None) -> str | None:
     if told is None or math.isnan(told.value):
         return None
-    value, low, high = (f"{v:.3g}" for v in (told.value, told.low, told.high))
-    return f"{value} [{low}, {high}]" if told.has_interval else value
+    ends = f" [{told.low:.2g}, {told.high:.2g}]" if told.has_interval else ""
+    return f"{told.value:.3g}{ends}"
+
+
+def _relative(told: FlatEstimate | None) -> str | None:
+    """Decimals, not digits: a difference of nearly nothing shall look like it."""
+    if told is None or math.isnan(told.value):
+        return None
+    ends = f" [{told.low:+.3f}, {told.high:+.3f}]" if told.has_interval else ""
+    return f"{told.value:+.3f}{ends}"
 
 
 def _known(value: float | None) -> str | None:
