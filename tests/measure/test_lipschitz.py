@@ -264,6 +264,9 @@ def test_normalisation_is_merged_and_named_with_its_layer() -> None:
         (lambda: nn.Linear(6, 4), (6,)),
         (lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 6, 6)),
         (lambda: nn.Conv2d(2, 3, 3, stride=2, padding=1), (2, 6, 6)),
+        (lambda: nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), (2, 6, 6)),
+        (lambda: nn.Conv2d(2, 4, (3, 2), padding="same", padding_mode="reflect"), (2, 5, 6)),
+        (lambda: nn.Conv2d(2, 4, (5, 3), padding=(2, 1), padding_mode="replicate"), (2, 5, 4)),
         (lambda: nn.Conv1d(2, 4, 3), (2, 8)),
     ],
 )

@@ -5,17 +5,24 @@ Sums of other people's networks are found and scaled by `flexure.surgery.sums`.
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
-__all__ = ["ResidualSum"]
+from flexure.contracts import FlexureError
+
+__all__ = ["ResidualSum", "check_factor"]
 
 
 class ResidualSum(nn.Module):
     """factor·(a + b), of the outputs of two branches.
 
-    Where the branches have the Lipschitz constants A and B, so has this factor·(A + B): with a
-    factor of 1/2, a block of 1-Lipschitz branches (of identities) is 1-Lipschitz. Of independent
-    branches of equal variance, 1/√2 keeps the variance.
+    With Lipschitz constants A and B of the branches, that of the sum is at most
+    |factor|·(A + B): with a factor of 1/2, branches of constant 1 (identities, say) keep it at 1.
+    A factor of 1/√2 keeps the variance of independent branches of equal variance.
+
+    Raises:
+        FlexureError: a factor that is 0 or not finite.
 
     Example:
         >>> import torch
@@ -25,6 +32,7 @@ class ResidualSum(nn.Module):
 
     def __init__(self, factor: float = 1.0) -> None:
         super().__init__()
+        check_factor(factor)
         self.factor = factor
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -35,3 +43,15 @@ class ResidualSum(nn.Module):
     def extra_repr(self) -> str:
         """The factor."""
         return f"factor={self.factor:g}"
+
+
+def check_factor(factor: float) -> None:
+    """Makes sure that a sum can be multiplied by `factor`.
+
+    Raises:
+        FlexureError: it is 0 or not finite.
+    """
+    if not math.isfinite(factor) or factor == 0:
+        raise FlexureError(
+            f"expected a factor other than 0, and finite, got {factor}; give 0.5, for example"
+        )

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexure.layers.geometry import per_axis
 from flexure.layers.spectral import conv_norm_bound, linear_norm_bound
 from flexure.measure.bound_rules import Signal, constant, moved, scaled, weighted
 from flexure.measure.propagate import Unsupported
@@ -70,15 +71,31 @@ def conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Signal:
-    """A convolution, by its certified norm at the signal's spatial size."""
-    spatial = weight.dim() - 2
+    """A convolution, by its certified norm at the signal's spatial size.
+
+    One of what was padded by copies is one with that padding mode: less than the product of two.
+    """
+    kernels, spatial = _weight(x, weight, bias), weight.dim() - 2
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    size = x.shape[-spatial:]
+    settings: dict[str, Any] = _sizes(geometry)
+    source, widths, mode = x.graph.padded.get(x.index, (x, (), "zeros"))
+    if len(widths) == 2 * spatial and not any(per_axis("padding", _sized(padding), spatial)):
+        pairs = [(widths[i], widths[i + 1]) for i in range(0, 2 * spatial, 2)]
+        settings |= {"padding": pairs[::-1], "padding_mode": mode}
+    else:
+        source, widths = x, ()
+    size = source.shape[-spatial:]
+
+    def apply(values: Tensor, w: Tensor) -> Tensor:
+        values = F.pad(values, widths, mode=mode) if widths else values
+        result: Tensor = function(values, w, **geometry)
+        return result
+
     return weighted(
-        x,
-        lambda values, w: function(values, w, **geometry),
-        _weight(x, weight, bias),
-        norm=lambda w: conv_norm_bound(w, input_size=size, **_sizes(geometry)),
+        source,
+        apply,
+        kernels,
+        norm=lambda w: conv_norm_bound(w, input_size=size, **settings),
         scaled_weight=lambda w, factors: factors.reshape(-1, *(1,) * (spatial + 1)) * w,
         axis=-1 - spatial,
     )
@@ -126,6 +143,11 @@ def _sizes(geometry: Mapping[str, Any]) -> dict[str, Any]:
         key: value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
         for key, value in geometry.items()
     }
+
+
+def _sized(padding: Any) -> Any:
+    """A padding in numbers, of which only zero matters: `same` is taken for another."""
+    return {"valid": 0, "same": 1}.get(padding, padding) if isinstance(padding, str) else padding
 
 
 def _weight(x: Any, weight: Any, bias: Any) -> Tensor:
@@ -204,7 +226,10 @@ def interpolate(function: Any, x: Signal, *args: Any, **kwargs: Any) -> Any:
 
 def pad(function: Any, x: Signal, pad: Any, mode: str = "constant", value: Any = None) -> Any:
     """Any padding; a value to pad with is a constant."""
-    return moved(function, x, pad, mode)
+    signal = moved(function, x, pad, mode)
+    if mode != "constant":
+        signal.graph.padded[signal.index] = (x, tuple(pad), mode)
+    return signal
 
 
 def masked_fill(function: Any, x: Any, mask: Any, value: Any) -> Any:

@@ -55,12 +55,14 @@ class Graph:
     Attributes:
         kinks: whether functions whose slope jumps are nodes: they have no curvature.
         nodes: parents come before their children; nodes that nothing depends on do no harm.
+        padded: nodes that pad another by copies: its signal, the widths and the mode of `F.pad`.
     """
 
     kinks: ClassVar[bool] = False
 
     def __init__(self, shape: torch.Size) -> None:
         self.nodes: list[Node] = [Input(tuple(shape))]
+        self.padded: dict[int, tuple[Signal, tuple[int, ...], str]] = {}
 
     def add(self, node: Node) -> Signal:
         """The signal of a new node."""

@@ -8,7 +8,6 @@ of the library's own networks are modules: `flexure.layers.residual`.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -19,7 +18,8 @@ import torch
 from torch import nn
 
 from flexure.calling import call_model, copied, evaluating
-from flexure.contracts import Example, FlexureError, SiteError
+from flexure.contracts import Example, SiteError
+from flexure.layers.residual import check_factor
 from flexure.surgery.census import did_not_run, outermost_scripted
 from flexure.surgery.frames import Enter, Frame, Step, forget_compiled, framed
 from flexure.surgery.preserve import preserved
@@ -184,10 +184,7 @@ def scale_sums(model: nn.Module, report: SumReport, factor: float) -> ScaledSums
         FlexureError: a factor that is 0 or not finite.
         SiteError: the model has not the modules of the report, or sums that are scaled already.
     """
-    if not math.isfinite(factor) or factor == 0:
-        raise FlexureError(
-            f"expected a factor other than 0, and finite, got {factor}; give 0.5, for example"
-        )
+    check_factor(factor)
     model = unwrapped(model)
     modules = dict(model.named_modules())
     _check(modules, report)
