@@ -189,10 +189,6 @@ def reinitialise(layer: Any) -> None:
     nn.init.normal_(original(layer))
 
 
-def nothing(layer: Any) -> None:
-    pass
-
-
 def to_double(layer: Any) -> None:
     layer.double()
 
@@ -214,11 +210,10 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("after", CHANGES)
-@pytest.mark.parametrize("change", [nothing, *CHANGES])
-def test_eval_notices_every_change(layer: Any, change: Any, after: Any) -> None:
+@pytest.mark.parametrize("change", range(len(CHANGES)))
+def test_eval_notices_every_change(layer: Any, change: int) -> None:
     layer.eval()(input_of(layer))
-    for each in (change, after):
+    for each in (CHANGES[change], CHANGES[change - 1]):
         each(layer)
         layer(input_of(layer))
         assert dense_norm(layer) == pytest.approx(1.0, abs=1e-4)
@@ -660,7 +655,7 @@ def test_compile() -> None:
     results = []
     for compiled in (False, True):
         net = Net(every=2)
-        run = torch.compile(net) if compiled else net
+        run = torch.compile(net, backend="aot_eager") if compiled else net
         optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
         outs = []
         for i in range(7):

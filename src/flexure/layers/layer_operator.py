@@ -135,7 +135,7 @@ class LayerOperator:
             v: `(1, *input)`, a unit vector, in the weight's dtype.
             products: with AᵀA.
         """
-        basis, images = v.flatten()[None], []
+        basis, images = _unit(v).flatten()[None], []
         for _ in range(min(products, v.numel())):
             image = self.squared(weight, basis[-1].view_as(v)).flatten()
             images.append(image)
@@ -146,8 +146,9 @@ class LayerOperator:
         # Another device is asked once, whatever the number of products.
         inside = (basis[:-1] @ torch.stack(images).mT).cpu().double()
         if bool(inside.isfinite().all()):
-            best = torch.linalg.eigh((inside + inside.mT) / 2)[1][:, -1]
-            v = _unit((best.to(basis) @ basis[:-1]).view_as(v))
+            values, vectors = torch.linalg.eigh((inside + inside.mT) / 2)
+            best = _unit((vectors[:, -1].to(basis) @ basis[:-1]).view_as(v))
+            v = best if float(values[-1]) > 0 else v
         return self.triple(weight, v)
 
     def squared(self, weight: Tensor, v: Tensor) -> Tensor:
@@ -198,7 +199,8 @@ _SHORTEST, _LONGEST, _RESTARTS = 20, 300, 8
 def plainly() -> Iterator[None]:
     """Inside, autograd records, as if no transform, autocast or checkpoint was around."""
     with ExitStack() as stack:
-        if torch._C._autograd._saved_tensors_hooks_is_enabled():  # transforms allow none
+        autograd: Any = torch._C._autograd
+        if autograd._saved_tensors_hooks_is_enabled():  # transforms allow none
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
         stack.enter_context(temporarily_clear_interpreter_stack())
         stack.enter_context(torch.inference_mode(False))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.utils import parametrize
 
 from flexure.contracts import FlexureError
@@ -167,7 +168,8 @@ class SpectralNorm(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """W/⟨G, W⟩; a weight of zeros as it is."""
-        return _divided(weight, self._current(weight))
+        compiling = torch.compiler.is_compiling()
+        return _divided(weight, self._uncompiled(weight) if compiling else self._current(weight))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """What to store where `weight` is assigned: itself."""
@@ -215,6 +217,11 @@ class SpectralNorm(nn.Module):
             # Graphs keep a copy: the next refresh writes into the buffer.
             return self.direction.clone()
 
+    @_disable_dynamo
+    def _uncompiled(self, weight: Tensor) -> Tensor:
+        """`_current`, which a compiler leaves as it is; nothing is imported before it is called."""
+        return self._current(weight)
+
     def _remembered(self, weight: Tensor) -> Tensor:
         """G converged for the weight's values."""
         for entry in self._entries:
@@ -259,7 +266,7 @@ class SpectralNorm(nn.Module):
             return
         self._age += 1
         self.trained_norm.copy_(norm)
-        lost = bool(norm < LOST * self.share * torch.linalg.vector_norm(weight))
+        lost = bool(norm <= LOST * self.share * torch.linalg.vector_norm(weight))
         if self._age >= self.every or lost or resized:
             self._refresh(weight, norm, settle=lost or resized)
 
