@@ -291,3 +291,13 @@ def test_compiled_networks_are_refused_before_the_first_step(change, where: str)
     assert where in said
     assert "as Asking needs it" in said
     assert "before compiling it" in said
+
+
+def test_what_is_left_out_of_compilation_is_no_compiled_network():
+    class Left(Counting):
+        @torch.compiler.disable
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    x, y = labelled()
+    fit(Left(), [(x, y)], epochs=1, seed=0, penalties={Asking(squared): 1.0})

@@ -168,10 +168,14 @@ def _compiled(module: nn.Module) -> str | None:
     """By what a module is compiled; None: it runs as Python."""
     if isinstance(module, torch.jit.ScriptModule):
         return "made by torch.jit"
+    forward = module.forward
     by_dynamo = (
         "_orig_mod" in module._modules  # what torch.compile returns
         or getattr(module, "_compiled_call_impl", None) is not None  # Module.compile
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        or (
+            hasattr(forward, "_torchdynamo_orig_callable")
+            and not getattr(forward, "_torchdynamo_disable", False)
+        )  # left out of compilation
     )
     return "compiled by torch.compile" if by_dynamo else None
 

@@ -112,7 +112,7 @@ def fit(
             compiled then.
         perturb: changes the inputs of each batch, once an update, before the loss and the
             penalties see them.
-        update: default: one gradient, one step of the optimiser.
+        update: default: one gradient, one step of the optimiser; `flexure.train.SAM` is another.
         optimizer: default `Adam(lr=1e-3)`, torch's own defaults, on all trainable parameters.
         schedule: factor on the learning rates at each update; default: constant.
         checkpoint: a folder of this run alone: its state is saved there at the end of each epoch
