@@ -139,7 +139,7 @@ def noise_sections(found: Measurements) -> list[Section]:
             "times curvature, minus 1. The curvature in it is the largest that was found on "
             "points of the segment: an estimate. At kinks of ReLU the gradient jumps, which no "
             "curvature sees: there the bound does not hold.",
-            *(violated(model.name, model.summaries[NOISE].result) for model in models),
+            *(_violated(model) for model in models),
             f"Not drawn, since a logarithmic axis has no place for it: {'; '.join(missing)}."
             if missing
             else "",
@@ -151,6 +151,23 @@ def noise_sections(found: Measurements) -> list[Section]:
 def row_measure(row: Row) -> str:
     """The measure of a row of the table of numbers."""
     return next(one.measure for one in row.estimates if one is not None)
+
+
+def violated(result: Any) -> str | None:
+    """The share of draws in which the gradient changed by more than the bound, over the radii.
+
+    Args:
+        result: a `GradientChange`.
+
+    Returns:
+        In per cent, the least and the most; None without a bound.
+    """
+    means = result.violations.double().nanmean(0).tolist()
+    shares = [share for share in means if not math.isnan(share)]
+    if not shares:
+        return None
+    least, most = percent(min(shares)), percent(max(shares))
+    return least if least == most else f"{least} to {most}"
 
 
 def numbers_table(
@@ -291,23 +308,13 @@ def _named(value: float) -> str:
     return "not defined" if math.isnan(value) else "0" if value == 0 else "infinite"
 
 
-def violated(name: str, result: Any) -> str:
-    """In how many draws the gradient changed by more than the bound, over the radii.
-
-    Args:
-        name: of the network.
-        result: a `GradientChange`.
-    """
-    shares = [
-        share
-        for share in result.violations.double().nanmean(0).tolist()
-        if not math.isnan(share)
-    ]  # fmt: skip
-    if not shares:
-        return "" if result.points else f"{name}: no bound was asked for."
-    least, most = percent(min(shares)), percent(max(shares))
-    told = least if least == most else f"{least} to {most}"
-    return f"{name}: the change exceeds its sample's bound in {told} of draws."
+def _violated(model: ModelMeasurements) -> str:
+    """In how many draws the gradient changed by more than the bound, over the radii."""
+    result: Any = model.summaries[NOISE].result
+    told = violated(result)
+    if told is None:
+        return "" if result.points else f"{model.name}: no bound was asked for."
+    return f"{model.name}: the change exceeds its sample's bound in {told} of draws."
 
 
 def _without_rate(result: Any) -> str:

@@ -30,6 +30,7 @@ from flexure.report.train_tables import (
     estimate_table,
     estimate_text,
     geometry_table,
+    median_table,
     methods_table,
     more_table,
 )
@@ -103,8 +104,8 @@ def flat_sections(found: FlatTraining) -> list[Section]:
             table=geometry_table(found),
             caption="Means over samples and runs; in brackets 95 % intervals over "
             f"{covers(found) or 'no draw'}. Geometry is that of the cross-entropy at the true "
-            f"label, on {_measured(found)}; accuracy is on all test samples. Curvature is the "
-            "Hessian norm over the gradient norm, of each sample.",
+            f"label, on {_measured(found, 'them')}; accuracy is on all test samples. Curvature is "
+            "the Hessian norm over the gradient norm, of each sample.",
         ),
         *_difference_sections(found),
         *tradeoff_sections(found),
@@ -115,15 +116,21 @@ def flat_sections(found: FlatTraining) -> list[Section]:
         *curve_sections(found),
         *_discrepancy_sections(found),
         Section(
+            "Medians",
+            table=median_table(found),
+            caption=f"Over samples, {_measured(found, 'the test samples')}; means over runs.",
+        ),
+        Section(
             "More numbers",
             table=more_table(found),
-            caption="Medians are over samples. NLL and expected calibration error are on all test "
+            caption="The likelihood and the calibration error (15 bins) are those on all test "
             "samples. The curvature rate is the growth of derivatives with their order.",
         ),
         Section(
             "The methods",
             table=methods_table(found),
-            caption="Seconds per epoch by the wall clock, without validation and saving.",
+            caption="The time of an epoch is that of its updates by the wall clock, without "
+            "validation and saving.",
         ),
         *_note_sections(found),
     ]
@@ -143,13 +150,19 @@ def _leader(found: FlatTraining, quantity: FlatQuantity) -> str:
     label = quantity.label.replace(" (share)", "")
     label = "mean " * (quantity.kind == "mean") + label
     if len(found.methods) > 1:
-        names = " and ".join(row.method for row in (first, *tied))
+        *some, last = (_quoted(row) for row in (first, *tied))
+        names = f"{', '.join(some)} and {last}" if some else last
         word = "highest" if quantity.better == "higher" else "lowest"
         label = f"{word} {label}: {names}" + (" (the only finite one)" if len(values) == 1 else "")
     text = f"{label[:1].upper()}{label[1:]}, {_value(found, quantity, first)}."
     others = sorted((m for m in values if values[m] != best), key=lambda m: abs(values[m] - best))
     compared = dict.fromkeys([*(m for m in others if m == found.baseline), *others[:1]])
     return " ".join([text, *(_against(found, quantity, first, found[m]) for m in compared)])
+
+
+def _quoted(row: FlatRow) -> str:
+    """A method's name amid a sentence; one of them is "at"."""
+    return f"\u201c{row.method}\u201d"
 
 
 def _value(found: FlatTraining, quantity: FlatQuantity, row: FlatRow) -> str:
@@ -166,7 +179,7 @@ def _against(found: FlatTraining, quantity: FlatQuantity, first: FlatRow, other:
     """The paired difference to another method."""
     told = quantity.difference(first.runs, other.runs)
     text = estimate_text(quantity, told, "+")
-    of = f"{other.method}, which has {_value(found, quantity, other)}"
+    of = f"{_quoted(other)}, which has {_value(found, quantity, other)}"
     if told is None or text is None:
         return f"Not to be compared, run by run, with {of}."
     unsure = told.has_interval and told.low <= 0 <= told.high
@@ -202,9 +215,9 @@ def _failures(found: FlatTraining) -> list[str]:
     return told
 
 
-def _measured(found: FlatTraining) -> str:
+def _measured(found: FlatTraining, whom: str) -> str:
     measured = found.samples.get("measured")
-    return f"the first {measured} of them" if measured else "some of them"
+    return f"the first {measured} of {whom}" if measured else f"some of {whom}"
 
 
 def _difference_sections(found: FlatTraining) -> list[Section]:

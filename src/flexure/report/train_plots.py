@@ -228,7 +228,7 @@ def _draw_map(axes: Any, found: ClassMap) -> None:
     for k in np.unique(labels).tolist():
         mine = points[labels == k]
         axes.plot(mine[:, 0], mine[:, 1], linestyle="", marker=MARKERS[k % len(MARKERS)],
-                  color=SERIES[k % len(SERIES)], markersize=3, markeredgewidth=0.4,
+                  color=SERIES[k % len(SERIES)], markersize=3.4, markeredgewidth=0.3,
                   markeredgecolor=INK)  # fmt: skip
     axes.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
     sides = sorted(_sides(found))

@@ -11,6 +11,7 @@ from typing import Any
 
 from flexure.methods.flat_quantities import FlatEstimate, FlatQuantity
 from flexure.methods.flat_result import FlatRow, FlatTraining
+from flexure.report.geometry_sections import NOISE, violated
 from flexure.report.tables import Table, table_of
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "estimate_text",
     "geometry_table",
     "head_of",
+    "median_table",
     "methods_table",
     "more_table",
     "noise_table",
@@ -62,7 +64,8 @@ def estimate_text(quantity: FlatQuantity, told: FlatEstimate | None, sign: str =
     if told is None or math.isnan(told.value):
         return None
     if quantity.kind == "share":
-        value, *ends = (f"{100 * v:{sign}.2f}" for v in (told.value, told.low, told.high))
+        value = f"{100 * told.value:{sign}.2f}"
+        ends = [f"{100 * v:{sign}.1f}" for v in (told.low, told.high)]
     else:
         value, *ends = (number_text(v, sign) for v in (told.value, told.low, told.high))
     return f"{value} [{ends[0]}, {ends[1]}]" if told.has_interval else value
@@ -71,21 +74,22 @@ def estimate_text(quantity: FlatQuantity, told: FlatEstimate | None, sign: str =
 def covers(found: FlatTraining) -> str:
     """What the intervals cover the draw of, in words."""
     told = dict.fromkeys(
-        one.covers for row in found.rows for one in row.estimates.values() if one.has_interval
+        one.covers
+        for row in found.rows
+        for one in row.estimates.values()
+        if one.has_interval and one.samples
     )
     return "; ".join(told)
 
 
 def methods_table(found: FlatTraining) -> Table:
     """What each method is, and how its trainings went."""
-    columns = ["method", "trained numbers", "seconds per epoch", f"times {found.baseline}",
-               "finished", "what it is"]  # fmt: skip
-    seconds = found.quantities["seconds_per_epoch"]
+    columns = ["method", "trained numbers", f"epoch, times {found.baseline}", "finished",
+               "what it is"]  # fmt: skip
     rows = [
         (
             row.method,
             f"{row.parameters:,}",
-            estimate_text(seconds, row.estimates.get("seconds_per_epoch")),
             None if math.isnan(row.relative_time) else f"{row.relative_time:.2f}",
             f"{len(row.finished)} of {len(row.runs)}",
             row.says,
@@ -97,8 +101,13 @@ def methods_table(found: FlatTraining) -> Table:
 
 def geometry_table(found: FlatTraining) -> Table:
     """The columns of the paper's Table 1, and the seconds of an epoch."""
-    names = [*GEOMETRY, "seconds_per_epoch"]
-    return estimate_table(found, names, found.rows, lambda row: row.estimates)
+    numbers = estimate_table(found, GEOMETRY, found.rows, lambda row: row.estimates)
+    times = [row.estimates.get("seconds_per_epoch") for row in found.rows]
+    # A mean without its interval: the clock's chance is not that of seeds.
+    cells = [[*row, one and number_text(one.value)]
+             for row, one in zip(numbers.rows, times, strict=True)]  # fmt: skip
+    columns = [*numbers.columns, "seconds per epoch"]
+    return table_of(columns, cells, *columns[1:])
 
 
 def estimate_table(
@@ -126,19 +135,25 @@ def estimate_table(
     return table_of(["method", *heads], cells, *heads)
 
 
-def more_table(found: FlatTraining) -> Table:
-    """Medians, calibration, rates and bounds; without the columns that no method has."""
-    columns: dict[str, list[str | None]] = {"method": [row.method for row in found.rows]}
-    for name in GEOMETRY[:3]:
-        medians = [_median(row.estimates.get(name)) for row in found.rows]
-        columns[f"median {found.quantities[name].label}"] = medians
-    for name in _MORE:
-        known = found.quantities[name]
-        columns[head_of(known)] = [
-            estimate_text(known, row.estimates.get(name)) for row in found.rows
+def median_table(found: FlatTraining) -> Table:
+    """Medians over samples of what the geometry table has the means of."""
+    columns = {
+        f"median {found.quantities[name].label}": [
+            _median(row.estimates.get(name)) for row in found.rows
         ]
-    kept = {head: cells for head, cells in columns.items() if any(cells)}
-    return table_of(kept, zip(*kept.values(), strict=True), *list(kept)[1:])
+        for name in GEOMETRY[:3]
+    }
+    return _by_method(found, columns)
+
+
+def more_table(found: FlatTraining) -> Table:
+    """Calibration, rates and bounds."""
+    known = [found.quantities[name] for name in _MORE]
+    columns = {
+        head_of(one): [estimate_text(one, row.estimates.get(one.name)) for row in found.rows]
+        for one in known
+    }
+    return _by_method(found, columns)
 
 
 def discrepancy_table(found: FlatTraining) -> Table:
@@ -161,7 +176,10 @@ def noise_table(found: FlatTraining) -> Table:
     cells = []
     for row in rows:
         there = {point.radius: point.change for point in row.noise}
-        cells.append([row.method, *(_change(there.get(radius)) for radius in radii)])
+        results = [run.test[NOISE].result for run in row.finished if NOISE in run.test]
+        beyond = violated(type(results[0]).joined(results))
+        cells.append([row.method, *(_change(there.get(radius)) for radius in radii), beyond])
+    heads.append("beyond the bound")
     return table_of(["method", *heads], cells, *heads)
 
 
@@ -190,6 +208,13 @@ def site_values_table(learned: Mapping[str, Mapping[str, float]]) -> Table:
         for k, site in enumerate(places, 1)
     ]
     return table_of(["number", "site", *learned], rows, "number", *learned)
+
+
+def _by_method(found: FlatTraining, columns: Mapping[str, Sequence[str | None]]) -> Table:
+    """Without the columns that no method has."""
+    kept = {head: cells for head, cells in columns.items() if any(cells)}
+    methods = [row.method for row in found.rows]
+    return table_of(["method", *kept], zip(methods, *kept.values(), strict=True), *kept)
 
 
 def _median(told: FlatEstimate | None) -> str | None:
