@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from flexure.contracts import FlexureError
-from flexure.layers import LipschitzBatchNorm
+from flexure.layers import LipschitzBatchNorm, module_norm_bounds
 from flexure.layers.lipschitz_norm import _by_formula, _fast
 from flexure.memory import saved_bytes
 from tests.reference.lipschitz_norm import lipschitz_normed, scaled
@@ -208,6 +208,14 @@ def test_lipschitz_constant_is_that_of_the_eval_map() -> None:
         assert (norm.lipschitz.item() - value) / h == pytest.approx(
             parameter.grad[index].item(), rel=1e-4
         )
+
+
+@pytest.mark.parametrize("gamma", [1.5, 100.0])
+def test_norm_of_a_linear_module(gamma: float) -> None:
+    norm = trained(gamma, momentum=1.0)
+    norm(uneven((50, 3, 4, 4)))
+    bounds = module_norm_bounds(norm.eval(), (3, 4, 4))
+    assert bounds.spectral == pytest.approx(norm.lipschitz.item(), rel=1e-12)
 
 
 def test_lipschitz_constant_without_weights_or_statistics() -> None:

@@ -58,6 +58,7 @@ FUNCTIONS: list[tuple[str, dict[str, Any], Callable[[Tensor], Tensor]]] = [
     ("quick_gelu", {}, lambda x: x * torch.sigmoid(1.702 * x)),
     ("softplus", {"beta": 1.0}, F.softplus),
     ("softplus", {"beta": 3.0}, lambda x: F.softplus(x, beta=3.0)),
+    ("centered_softplus", {"beta": 3.0}, lambda x: centered_softplus(x, 3.0)),
     ("hardswish", {}, F.hardswish),
     ("mish", {}, F.mish),
     ("elu", {"alpha": 1.0}, F.elu),

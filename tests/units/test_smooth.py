@@ -17,7 +17,14 @@ from torch.nn import functional as F
 import flexure
 from flexure.contracts import FlexureError
 from flexure.surgery.install import install, plan
-from flexure.units import CenteredSoftplus, Softplus, bends, centered_softplus, plain
+from flexure.units import (
+    CenteredSoftplus,
+    Softplus,
+    bends,
+    centered_softplus,
+    module_unit_bounds,
+    plain,
+)
 from flexure.units.catalogue import read_module
 from tests.reference.units import exact_centered_softplus
 from tests.units.shared import DOUBLE
@@ -264,6 +271,14 @@ def test_installed_at_swapped_and_routed_sites(make) -> None:
     expected = model.last(unit(unit(model.first(x)) - 0.1))
     torch.testing.assert_close(model(x), expected)
     placed.remove()
+
+
+def test_the_census_leaves_it_as_it_is() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), CenteredSoftplus(), nn.Linear(4, 4), Softplus(10.0))
+    report = flexure.sites(model, torch.randn(2, 3))
+    assert [site.activation for site in report.sites] == ["softplus"]
+    assert "a beta of its own" in str(report)
+    assert module_unit_bounds(model[1]).curvature == pytest.approx(1.25)
 
 
 @pytest.mark.parametrize("make", [CenteredSoftplus, lambda: Softplus(10.0)])

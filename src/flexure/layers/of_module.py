@@ -1,4 +1,4 @@
-"""The operator norms of PyTorch's own linear modules: which arguments of a module say what.
+"""The operator norms of linear modules, PyTorch's and flexure's: which arguments say what.
 
 The norms are computed in `norms.py`. Activations and other layers that are not linear are not
 here.
@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from flexure.contracts import FlexureError
+from flexure.layers.lipschitz_norm import LipschitzBatchNorm
 from flexure.layers.norms import (
     NormBounds,
     adaptive_avg_pool_norm_bounds,
@@ -66,6 +67,10 @@ def _batch_norm(module: Any, shape: tuple[int, ...]) -> NormBounds:
     return batch_norm_norm_bounds(module.running_var, module.weight, eps=module.eps)
 
 
+def _lipschitz_batch_norm(module: Any, shape: tuple[int, ...]) -> NormBounds:
+    return batch_norm_norm_bounds(module.running_var, module.clipped_weight, eps=module.eps)
+
+
 def _avg_pool(module: Any, shape: tuple[int, ...]) -> NormBounds:
     return avg_pool_norm_bounds(
         shape[1:],
@@ -87,6 +92,7 @@ LINEAR_MODULES: Mapping[type[nn.Module], Callable[[Any, tuple[int, ...]], NormBo
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _conv),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
+    LipschitzBatchNorm: _lipschitz_batch_norm,
     **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), _avg_pool),
     **dict.fromkeys(
         (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), _adaptive_avg_pool

@@ -354,6 +354,7 @@ UNIT_BOUNDS: Mapping[str, Callable[..., UnitBounds]] = {
     "gelu_erf": lambda: _GELU_ERF,
     "quick_gelu": lambda: replace(_SILU, curvature=0.851),
     "softplus": _softplus,
+    "centered_softplus": centered_softplus_bounds,
     "hardswish": lambda: UnitBounds(-0.5, 1.5, math.inf),
     "mish": lambda: _MISH,
     "elu": _elu,
@@ -379,6 +380,7 @@ _ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "celu": ("alpha",),
     "rrelu": ("lower", "upper"),
     "softplus": ("threshold",),
+    "centered_softplus": ("beta",),
 }
 """What a module's row does not read of it, because no CTU needs it."""
 
@@ -388,9 +390,7 @@ _WINDOW = "it takes a maximum over a window: not a function of one variable"
 _JUMPS = "it jumps: no slope bounds it"
 
 UNBOUNDED: Mapping[str, str] = {
-    "rnn_relu": _RECURRENT,
-    "lstm": _RECURRENT,
-    "gru": _RECURRENT,
+    **dict.fromkeys(("rnn_relu", "lstm", "gru"), _RECURRENT),
     "glu": _GATED,
     "jump": _JUMPS,
     "hardshrink": _JUMPS,

@@ -151,6 +151,7 @@ _HF = "transformers.activations."
 _TIMM = "timm.layers.activations."
 _BOUNDED = "bounded on both sides: a CTU grows on one"
 _SATURATES = "saturates at a negative value: a CTU vanishes there"
+_SMOOTH = "smooth already, with a beta of its own; set or train that one"
 _UNFAMILIAR = "no CTU comes near it"
 _POOLS = "pools by maximum over a window that depends on the input's size: left as it is"
 
@@ -204,10 +205,7 @@ CATALOGUE: tuple[UnitSpec, ...] = (
         classes=(nn.LeakyReLU,),
         of_module=lambda module: {"slope": module.negative_slope},
         form="leaky",
-        functions={
-            F.leaky_relu: read_leaky(),
-            F.leaky_relu_: read_leaky(overwrite=True),
-        },
+        functions={F.leaky_relu: read_leaky(), F.leaky_relu_: read_leaky(overwrite=True)},
     ),
     UnitSpec(
         "prelu",
@@ -332,6 +330,7 @@ CATALOGUE: tuple[UnitSpec, ...] = (
         torch.threshold_,
         classes=(nn.Threshold,),
     ),
+    _refused("centered_softplus", _SMOOTH, classes=("flexure.units.smooth.CenteredSoftplus",)),
     _refused("elu", _SATURATES, F.elu, F.elu_, classes=(nn.ELU,)),
     _refused("selu", _SATURATES, F.selu, torch.selu, torch.selu_, classes=(nn.SELU,)),
     _refused("celu", _SATURATES, F.celu, torch.celu, torch.celu_, classes=(nn.CELU,)),
