@@ -24,14 +24,16 @@ __all__ = ["SAM"]
 class SAM:
     """The gradient of the step is that at w + e, a way up from the weights w.
 
-    e = rho·g/|g|, the norm over all parameters of the optimiser (Foret et al.,
-    Sharpness-aware minimization for efficiently improving generalization, 2021); adaptive:
-    e = rho·w²g/(|w·g|), elementwise (Kwon et al., ASAM, 2021). The optimiser then steps from w. Two
-    gradients an update; BatchNorm statistics are those of the first pass. Performed by `pytorch_optimizer.SAM` (the extra `sam`) around any
-    optimiser, which does not know of it: its groups and state are as without, and nothing is kept
-    between updates. The library takes the norm in float32 and adds 1e-12 to it: gradients whose
-    norm is not far above that move the weights less. Where `fit` clips, it clips both gradients; in several processes both are
-    those of the global batch.
+    e = rho·g/|g|, the norm over all parameters of the optimiser (Foret et al., Sharpness-aware
+    minimization for efficiently improving generalization, 2021); adaptive: e = rho·w²g/|w·g|,
+    elementwise (Kwon et al., ASAM, 2021). The optimiser then steps from w. Two gradients an update;
+    BatchNorm statistics are those of the first pass. Where `fit` clips, it clips both gradients; in
+    several processes both are those of the global batch.
+
+    Performed by `pytorch_optimizer.SAM` (the extra `sam`) around any optimiser, which does not know
+    of it: its groups and state are as without, and nothing is kept between updates. The library
+    takes the norm in float32 and adds 1e-12 to it: gradients whose norm is not far above that move
+    the weights less.
 
     Attributes:
         rho: the length of e (adaptive: relative to the weights); default of Foret et al. For the
