@@ -47,8 +47,8 @@ _POINTS = 400  # samples drawn on a map: more hide it
 _FEWEST = 5  # sites; a table tells of fewer
 _STEEP = 30.0  # ratio of losses from which their axis is logarithmic
 _LEARNED = {
-    "betas": ("Learned beta", "beta of the centered softplus (1 / unit)"),
-    "gammas": ("Learned gamma", "gamma of the Lipschitz BatchNorm"),
+    "betas": ("Learned beta", "beta (1 / unit)", "Of the centered softplus at each site"),
+    "gammas": ("Learned gamma", "gamma (no unit)", "Of the Lipschitz BatchNorm at each site"),
 }
 
 
@@ -259,7 +259,7 @@ def learned_sections(found: FlatTraining) -> list[Section]:
         if "lipschitz" in row.estimates
     )
     sections: list[Section] = []
-    for name, (title, axis) in _LEARNED.items():
+    for name, (title, axis, whose) in _LEARNED.items():
         learned = site_values(found, name)
         if not learned:
             continue
@@ -268,7 +268,7 @@ def learned_sections(found: FlatTraining) -> list[Section]:
         longest = max(len(line.x) for line in lines)
         picture = [
             curves(lines, title=title, x_label="site (number in network order)", y_label=axis,
-                   whole=True, log=_is_steep([y for line in lines for y in line.y]))
+                   whole=True, log=True)
         ] if longest >= _FEWEST else []  # fmt: skip
         means = " Means over seeds." if len(found.seeds) > 1 else ""
         sections.append(
@@ -277,7 +277,7 @@ def learned_sections(found: FlatTraining) -> list[Section]:
                 (f"{bound.label}: {told}.",) if told and not sections else (),
                 tuple(picture),
                 site_values_table(learned),
-                f"{axis[:1].upper()}{axis[1:]} of each site, in network order.{means}",
+                f"{whose}, in network order.{means}",
             )
         )
     return sections

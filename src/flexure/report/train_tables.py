@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from flexure.methods.flat_quantities import FlatEstimate, FlatQuantity
 from flexure.methods.flat_result import FlatRow, FlatTraining
@@ -84,12 +84,14 @@ def covers(found: FlatTraining) -> str:
 
 def methods_table(found: FlatTraining) -> Table:
     """What each method is, and how its trainings went."""
-    columns = ["method", "trained numbers", f"epoch, times {found.baseline}", "finished",
-               "what it is"]  # fmt: skip
+    columns = ["method", "trained numbers", "seconds per epoch", f"times {found.baseline}",
+               "finished", "what it is"]  # fmt: skip
     rows = [
         (
             row.method,
             f"{row.parameters:,}",
+            # Without an interval: the clock's chance is not that of seeds.
+            _number(row.estimates.get("seconds_per_epoch"), "value"),
             None if math.isnan(row.relative_time) else f"{row.relative_time:.2f}",
             f"{len(row.finished)} of {len(row.runs)}",
             row.says,
@@ -100,14 +102,8 @@ def methods_table(found: FlatTraining) -> Table:
 
 
 def geometry_table(found: FlatTraining) -> Table:
-    """The columns of the paper's Table 1, and the seconds of an epoch."""
-    numbers = estimate_table(found, GEOMETRY, found.rows, lambda row: row.estimates)
-    times = [row.estimates.get("seconds_per_epoch") for row in found.rows]
-    # A mean without its interval: the clock's chance is not that of seeds.
-    cells = [[*row, one and number_text(one.value)]
-             for row, one in zip(numbers.rows, times, strict=True)]  # fmt: skip
-    columns = [*numbers.columns, "seconds per epoch"]
-    return table_of(columns, cells, *columns[1:])
+    """The columns of the paper's Table 1."""
+    return estimate_table(found, GEOMETRY, found.rows, lambda row: row.estimates)
 
 
 def estimate_table(
@@ -139,7 +135,7 @@ def median_table(found: FlatTraining) -> Table:
     """Medians over samples of what the geometry table has the means of."""
     columns = {
         f"median {found.quantities[name].label}": [
-            _median(row.estimates.get(name)) for row in found.rows
+            _number(row.estimates.get(name), "median") for row in found.rows
         ]
         for name in GEOMETRY[:3]
     }
@@ -217,8 +213,9 @@ def _by_method(found: FlatTraining, columns: Mapping[str, Sequence[str | None]])
     return table_of(["method", *kept], zip(methods, *kept.values(), strict=True), *kept)
 
 
-def _median(told: FlatEstimate | None) -> str | None:
-    return None if told is None or math.isnan(told.median) else number_text(told.median)
+def _number(told: FlatEstimate | None, which: Literal["value", "median"]) -> str | None:
+    number = math.nan if told is None else getattr(told, which)
+    return None if math.isnan(number) else number_text(number)
 
 
 def _change(told: FlatEstimate | None) -> str | None:
