@@ -246,6 +246,8 @@ def _inside(modules: Mapping[str, nn.Module], report: SumReport) -> Iterator[str
     for path, module in modules.items():
         around = any(not caller or path.startswith(f"{caller}.") for caller in report.routes)
         plain = type(module).__module__.startswith("torch.nn.modules.")
+        # What computes a parameter has no sums of the network's values, and runs at every call.
+        around = around and "parametrizations" not in path.split(".")
         if path and around and path not in report.routes and (is_activation(module) or not plain):
             yield path
 
