@@ -132,12 +132,12 @@ def test_the_bound_is_above_dense_jacobians(name: str, residual: str) -> None:
 
 def test_the_mean_of_residual_blocks_bounds_a_network_by_its_depth() -> None:
     """Linear parts of norm 1, BatchNorms of slope 1 or less and means: at most 1."""
-    model = to_lcnn(resnet18(4, width=2, input_size=16), residual="mean")
+    model = to_lcnn(resnet18(4, width=2), torch.zeros(1, 3, 8, 8), residual="mean")
     for module in model.modules():
         if isinstance(module, LipschitzBatchNorm):
             module.raw_gamma.data.fill_(-100.0)  # gamma = 1
             module.weight.data.fill_(3.0)
-    report = lcnn_report(model, IMAGE)
+    report = lcnn_report(model, torch.zeros(1, 3, 8, 8))
     assert report.lipschitz <= 1.2  # certified norms are a little above 1
     assert all(part.constant == pytest.approx(1) for part in report.of("norm"))
 
@@ -175,13 +175,16 @@ def test_every_part_is_in_the_report(name: str, capsys: pytest.CaptureFixture[st
 
 
 def test_a_converted_twin_is_the_built_network() -> None:
-    for make, settings in ((resnet18, {"residual": "mean"}), (vgg11, {"pooling": "average"})):
-        example = torch.zeros(1, 3, 32, 32)
-        built = make(4, width=2, lcnn=True)
+    for make, size, settings in (
+        (resnet18, 8, {"residual": "mean"}),
+        (vgg11, 32, {"pooling": "average"}),
+    ):
+        example = torch.zeros(1, 3, size, size)
+        built = make(4, width=2, lcnn=True, input_size=size)
         model = to_lcnn(make(4, width=2), example, **settings)
         assert model.state_dict().keys() == built.state_dict().keys()
         model.load_state_dict(built.state_dict())
-        x = torch.randn(3, 3, 32, 32)
+        x = torch.randn(3, 3, size, size)
         for training in (True, False):
             assert torch.equal(model.train(training)(x), built.train(training)(x))
         model.load_state_dict(built.state_dict())  # the running statistics have moved

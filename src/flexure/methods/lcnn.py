@@ -98,9 +98,13 @@ def to_lcnn(
 
     Example:
         >>> from flexure.models import MLP
-        >>> model = to_lcnn(MLP((2, 8, 2)), example=torch.zeros(1, 2)) # doctest: +ELLIPSIS
-        part        name    was      is now             constant     note
-        ...
+        >>> model = to_lcnn(MLP((2, 8, 2)), example=torch.zeros(1, 2))
+        part        name    was            is now             constant   note
+        ----------  ------  -------------  -----------------  ---------  ----
+        activation  body.1  relu           centered softplus  beta 5
+        linear      body.0  Linear (8, 2)  norm 1             norm <= 1
+        linear      head    Linear (2, 8)  norm 1             norm <= 1
+        LCNN: 1 activation, 2 layers normalised; Lipschitz constant at most 1
     """
     _check_settings(beta, gamma, residual, parts, pooling)
     inside = unwrapped_to_train(model)
