@@ -181,8 +181,10 @@ def canvases(size: tuple[float, float], rows: int, columns: int) -> tuple[Any, A
     import matplotlib
     from matplotlib.figure import Figure
 
+    # Several axes of fixed shape would be cut off at the edges otherwise.
+    layout: Any = "compressed" if rows * columns > 1 else "constrained"
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(columns * size[0], rows * size[1]), layout="constrained")
+        figure = Figure(figsize=(columns * size[0], rows * size[1]), layout=layout)
         return figure, figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
 
 

@@ -166,6 +166,7 @@ def curves(
     y_label: str = "y (no unit)",
     whole: bool = False,
     log: bool = False,
+    looks: Sequence[int] = (),
 ) -> Picture:
     """Functions of one variable, with sample points if there are any.
 
@@ -177,11 +178,12 @@ def curves(
         y_label: what y is, with its unit.
         whole: ticks of x at whole numbers only.
         log: whether y is logarithmic; values that are not above 0 are left out then.
+        looks: which of all looks each line has, where not their first ones in order.
     """
     figure, axes = canvas(PANEL)
     if points is not None:
         axes.plot(points.x, points.y, ".", color=INK, alpha=0.55, markersize=4, label=points.label)
-    for k, line in enumerate(lines):
+    for k, line in zip(looks or range(len(lines)), lines, strict=True):
         draw_line(axes, line, k, band=None)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     if log:

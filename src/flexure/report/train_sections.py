@@ -234,7 +234,15 @@ def curve_sections(found: FlatTraining) -> list[Section]:
         heights = [y for line in lines for y in line.y]
         log = label.endswith("(nats)") and _is_steep(heights)
         pictures.append(
-            curves(lines, title=title, x_label="epoch", y_label=label, whole=True, log=log)
+            curves(
+                lines,
+                title=title,
+                x_label="epoch",
+                y_label=label,
+                whole=True,
+                log=log,
+                looks=_places(found, lines),
+            )
         )
     if not pictures:
         return []
@@ -268,7 +276,7 @@ def learned_sections(found: FlatTraining) -> list[Section]:
         longest = max(len(line.x) for line in lines)
         picture = [
             curves(lines, title=title, x_label="site (number in network order)", y_label=axis,
-                   whole=True, log=True)
+                   whole=True, log=True, looks=_places(found, lines))
         ] if longest >= _FEWEST else []  # fmt: skip
         means = " Means over seeds." if len(found.seeds) > 1 else ""
         sections.append(
@@ -345,6 +353,12 @@ def _map(found: FlatTraining, row: FlatRow, seed: int | None) -> ClassMap | None
         plane.points[::step].numpy(),
         plane.labels[::step].numpy(),
     )
+
+
+def _places(found: FlatTraining, lines: Sequence[Curve]) -> list[int]:
+    """Which method each line is: it looks the same in all pictures."""
+    order = list(found.methods)
+    return [order.index(line.label) for line in lines]
 
 
 def _over_epochs(row: FlatRow, values: Callable[[FlatRun], Sequence[float]]) -> Curve | None:
