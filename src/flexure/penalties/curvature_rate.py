@@ -28,7 +28,7 @@ from flexure.measuring import twice_differentiable, uncompiled
 
 __all__ = ["CurvatureRate"]
 
-_BLOCK = 32
+_BLOCK = 64
 """Samples whose directions are drawn at once: what a sample gets must not depend on the others."""
 
 _LEAST_LOG_SCALE = -300.0
