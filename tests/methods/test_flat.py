@@ -18,6 +18,8 @@ from flexure.contracts import DataError, FlexureError
 from flexure.data import Augmentation
 from flexure.methods import flat_run
 from flexure.methods.features import fingerprint
+from flexure.methods.flat_measured import settled
+from flexure.methods.flat_methods import flat_methods
 from flexure.methods.flat_result import FlatRun, FlatTraining
 from flexure.models import MLP
 from flexure.train import fit
@@ -353,3 +355,16 @@ def test_shared_samples_are_refused() -> None:
     train, val, _ = data()
     with pytest.raises(DataError, match="disjoint"):
         trained(splits=[train, val, list(train)])
+
+
+def test_what_is_measured_is_the_trained_network_without_its_parametrizations() -> None:
+    model = convolutions(0)
+    x = torch.rand(3, 2, 6, 6)
+    flat_methods("lcnn")[0].change(model, x, residual="sum")
+    before = fingerprint(model)
+    copy = settled(model)
+    assert not any(nn.utils.parametrize.is_parametrized(m) for m in copy.modules())
+    assert torch.equal(copy(x), model.eval()(x))
+    assert nn.utils.parametrize.is_parametrized(model[0])
+    assert fingerprint(model) == before
+    assert type(copy[0]) is nn.Conv2d

@@ -295,11 +295,7 @@ def _described(loaded: LoadedModel) -> str:
 
 def _write_page(path: Path, found: FlatTraining, payload: dict[str, Any]) -> None:
     from flexure.report import run_table
-
-    try:
-        from flexure.report.train import flat_page
-    except ModuleNotFoundError:
-        return
+    from flexure.report.train import flat_page
 
     title = f"{payload['config']['model']} trained on {payload['config']['data']}"
     flat_page(path, found, title=title, run=run_table(payload))

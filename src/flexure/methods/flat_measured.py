@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from flexure.attacks import PGD, robust_accuracy
 from flexure.calling import call_model, evaluating, logits_of, unwritten
@@ -23,7 +25,7 @@ from flexure.methods.flat_task import FlatTask
 from flexure.methods.measurements import NOISE_SAMPLES, RATE_SAMPLES, measure_model
 from flexure.units.smooth import CenteredSoftplus
 
-__all__ = ["ATTACK", "measured", "run_on_grid"]
+__all__ = ["ATTACK", "measured", "run_on_grid", "settled"]
 
 ATTACK = PGD(norm="l2", steps=40)
 """Of the reported accuracies: the papers do not state their steps; the step is 2.5·eps/40."""
@@ -35,7 +37,6 @@ _PART = 4096  # points of the grid at once
 def measured(
     task: FlatTask,
     network: nn.Module,
-    model: nn.Module,
     *,
     store: str | os.PathLike[str] | None,
     report: Callable[[str, int, int], None],
@@ -44,8 +45,7 @@ def measured(
 
     Args:
         task: what all runs share.
-        network: the trained network.
-        model: the same, as a model of inputs in the task's space.
+        network: the trained network; not changed.
         store: folder for finished batches of measures, or None.
         report: is told (stage, done, total).
 
@@ -53,6 +53,8 @@ def measured(
         DataError: the data are wrong, whatever the network.
     """
     refusals: dict[str, str] = {}
+    network = settled(network)
+    model = task.space.wrap(network)
 
     def tried(what: str, work: Callable[[], Any], otherwise: Any) -> Any:
         try:
@@ -98,6 +100,23 @@ def measured(
         "gammas": _values(network, LipschitzBatchNorm, "gamma"),
         "refusals": refusals,
     }
+
+
+def settled(network: nn.Module) -> nn.Module:
+    """A copy in eval mode whose weights are what parametrizations made of them, and nothing else.
+
+    The same function of the input: a spectral norm is not estimated anew for each measure.
+    """
+    copy = deepcopy(network).eval()
+    for module in [m for m in copy.modules() if parametrize.is_parametrized(m)]:
+        names = list(cast(nn.ModuleDict, module.parametrizations))
+        values = {name: getattr(module, name).detach().clone() for name in names}
+        # Not by remove_parametrizations: it changes the class, which the original shares.
+        del module._modules["parametrizations"]
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value))
+    return copy
 
 
 def run_on_grid(model: nn.Module, grid: Tensor) -> Tensor:

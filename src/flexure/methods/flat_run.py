@@ -91,9 +91,7 @@ def train_flat_once(
             if weights is not None:
                 state = {name: value.contiguous() for name, value in network.state_dict().items()}
                 write_bytes(weights, save({k: v.cpu().clone() for k, v in state.items()}))
-            found |= measured(
-                task, network, model, store=_inside(folder, "measured"), report=report
-            )
+            found |= measured(task, network, store=_inside(folder, "measured"), report=report)
     trained = [p for p in network.parameters() if p.requires_grad]
     return FlatRun(
         method=method.name,
