@@ -55,6 +55,24 @@ def test_layers_of_attention_that_run_without_a_call() -> None:
     assert {"self_attn.out_proj.weight"} <= {use.weight for use in uses.bare}
 
 
+def test_what_is_cut_from_a_weight_stands_for_it() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.turned = (nn.Parameter(torch.ones(3, 3)) for _ in range(2))
+            self.token = nn.Parameter(torch.ones(1, 3))
+            self.left, self.right = nn.Linear(2, 1), nn.Linear(2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.cat([self.token.expand(len(x), -1), x], 0)
+            x = F.linear(x @ self.turned.T, self.rows[:2].contiguous())
+            return F.linear(x, torch.cat([self.left.weight, self.right.weight]))
+
+    uses = weight_uses(Cut(), torch.zeros(2, 3))
+    assert uses.used - {"right.weight"} == {"rows", "turned", "left.weight"}
+    assert [use.function for use in uses.bare] == ["linear"]
+
+
 def test_examples_that_do_not_run() -> None:
     with pytest.raises(SiteError, match="does not run"):
         weight_uses(Net(), torch.randn(2, 3))

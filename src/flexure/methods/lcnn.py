@@ -64,8 +64,8 @@ def to_lcnn(
       bounded or saturate (sigmoid, tanh, ELU) stay, and are reported.
     - Every linear layer and convolution is divided by its operator norm, for the size of its
       input.
-    - Every BatchNorm's slope is clipped at a learnable gamma. Other normalisations have no
-      Lipschitz constant; they stay, and are reported.
+    - Every BatchNorm's slope is clipped at a learnable gamma. Nothing but their eps bounds the
+      slope of other normalisations, such as LayerNorm; they stay, and are reported.
     - Residual sums are multiplied by a factor.
 
     The report is printed, with the Lipschitz bound that results; `flexure.lcnn_report` computes it

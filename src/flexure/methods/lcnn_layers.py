@@ -112,7 +112,11 @@ def norm_changes(model: nn.Module, uses: WeightUses, gamma: float) -> Change:
         for path, module in named.items()
         if isinstance(module, _NORMALISATIONS)
     ]
-    left += [Part("norm", path, name, note=_CALLED) for path, name in uses.functions]
+    left += [
+        Part("norm", path, name, note=_CALLED)
+        for path, name in uses.functions
+        if not isinstance(named[path], _NORMALISATIONS)
+    ]
 
     def make(undo: ExitStack) -> None:
         for path, norm in bounded.items():
@@ -121,10 +125,7 @@ def norm_changes(model: nn.Module, uses: WeightUses, gamma: float) -> Change:
     return Change((*done, *left), make)
 
 
-_UNBOUNDED = (
-    "divides by each sample's own deviation, which may be 0: it has no Lipschitz constant; use "
-    "BatchNorm"
-)
+_UNBOUNDED = "scales by each sample's own values: only its eps bounds the slope; use BatchNorm"
 _CALLED = "called as a function: nothing holds its gamma; use nn.BatchNorm2d"
 _NORMALISATIONS = (
     nn.LayerNorm,

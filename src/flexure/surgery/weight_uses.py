@@ -59,8 +59,9 @@ class WeightUses:
 def weight_uses(model: nn.Module, example: Example) -> WeightUses:
     """Runs `example` once, in eval mode, and looks at every function that takes a weight.
 
-    A weight is a parameter of two or more dimensions. One that is only added (a positional
-    embedding) is no use of a weight here, since it changes no slope.
+    A weight is a parameter of two or more dimensions, or what is cut from one. Adding it (a
+    positional embedding), or putting it beside other values, is no use of it here: it changes no
+    slope.
 
     Args:
         model: any network, in no wrapper.
@@ -101,6 +102,7 @@ class _Watch(TorchFunctionMode):
                 if parameter is not None and parameter.dim() > 1:
                     self.names.setdefault(id(parameter), f"{path}.{name}" if path else name)
                     self.owners[id(parameter)].add(module)
+        self.views: list[Tensor] = []
         self.stack: list[nn.Module] = []
         # Dictionaries keep order, and each entry once.
         self.inputs: dict[str, dict[tuple[int, ...], None]] = {}
@@ -125,15 +127,29 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        name = getattr(func, "__name__", "").strip("_")
+        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         # Asking for a weight's shape is no use of it.
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)) and func not in _ADDITIONS:
-            for leaf in tree_leaves((args, kwargs)):
-                if id(leaf) in self.owners:
-                    self._weight(leaf, func)
+        if results:
+            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            alone = all(id(x) in self.owners or isinstance(x, nn.Parameter) for x in given)
+            for weight in (x for x in given if id(x) in self.owners):
+                if name in _VIEWS or (name in _ADDITIONS and alone):
+                    self._view(weight, results)
+                elif name not in _ADDITIONS:
+                    self._weight(weight, func)
         caller = self.stack[-1] if self.stack else self.model
         if func in _NORMALISATIONS and not type(caller).__module__.startswith("torch.nn.modules"):
             self.functions[self.paths.get(caller, ""), func.__name__] = None
         return out
+
+    def _view(self, weight: Tensor, results: list[Tensor]) -> None:
+        """What is cut from a weight, or shaped anew, stands for it."""
+        self.views += results  # alive, so that no other tensor gets their ids
+        for result in results:
+            if id(result) not in self.owners:
+                self.names[id(result)] = self.names[id(weight)]
+                self.owners[id(result)] = self.owners[id(weight)]
 
     def _weight(self, weight: Tensor, func: Any) -> None:
         running = self.stack[-1] if self.stack else self.model
@@ -153,13 +169,20 @@ class _Watch(TorchFunctionMode):
         self.stack.pop()
 
 
-_NAMES = ("add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__", "__rsub__")
 _ADDITIONS = {
-    found
-    for owner in (torch, torch.Tensor)
-    for name in _NAMES
-    if (found := getattr(owner, name, None)) is not None
+    *("add", "radd", "iadd", "sub", "rsub", "isub", "where"),
+    *("cat", "concat", "concatenate", "stack", "hstack", "vstack"),
 }
+"""Functions, by their names without underscores, that multiply nothing by a weight."""
+
+_VIEWS = {
+    *("get", "getitem", "expand", "expand_as", "view", "view_as", "reshape", "flatten"),
+    *("unflatten", "squeeze", "unsqueeze", "t", "transpose", "swapaxes", "permute", "movedim"),
+    *("repeat", "tile", "chunk", "split", "unbind", "narrow", "select", "clone", "contiguous"),
+    *("to", "type_as", "float", "double", "half", "bfloat16", "detach"),
+}
+"""Those whose result has a weight's own entries."""
+
 _NORMALISATIONS = {
     nn.functional.batch_norm,
     nn.functional.layer_norm,
