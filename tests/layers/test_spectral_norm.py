@@ -270,7 +270,7 @@ def test_zero_stays_zero_and_recovers(layer: Any) -> None:
         layer.train(training)
         with torch.no_grad():
             original(layer).zero_()
-        for _ in range(2 * EVERY_TEST):
+        for _ in range(EVERY_TEST):
             out = layer(input_of(layer))
         assert not layer.weight.any()
         layer.zero_grad()
@@ -279,7 +279,7 @@ def test_zero_stays_zero_and_recovers(layer: Any) -> None:
         assert float(spectral_norms(layer)[""].norm) == 0.0
         assert spectral_norms(layer)[""].certified() == 0.0
     layer.train()
-    for _ in range(2 * EVERY_TEST):
+    for _ in range(EVERY_TEST):
         with torch.no_grad():
             original(layer).add_(0)
         layer(input_of(layer))
@@ -289,7 +289,7 @@ def test_zero_stays_zero_and_recovers(layer: Any) -> None:
     assert dense_norm(layer) == pytest.approx(1.0, abs=0.02)
 
 
-EVERY_TEST = 6
+EVERY_TEST = 11
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -538,7 +538,7 @@ def test_finding_the_layers() -> None:
 def test_contexts(layer: Any, training: bool, context: Any) -> None:
     layer.train(training)
     x = input_of(layer)
-    for i in range(2 * EVERY_TEST):
+    for i in range(EVERY_TEST):
         with context():
             inside = layer(x)
         torch.testing.assert_close(layer(x), inside)

@@ -24,10 +24,10 @@ from flexure.layers.of_module import module_norm_bounds
 
 __all__ = ["SpectralNorm", "spectral_norm", "spectral_norms"]
 
-EVERY = 5
+EVERY = 10
 """Changes of a weight between refreshes of the singular vectors in training mode."""
 
-PRODUCTS = 10
+PRODUCTS = 8
 """Products with AᵀA of such a refresh."""
 
 TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-7}
