@@ -112,8 +112,8 @@ def settled(network: nn.Module) -> nn.Module:
         names = list(cast(nn.ModuleDict, module.parametrizations))
         values = {name: getattr(module, name).detach().clone() for name in names}
         # Not by remove_parametrizations: it changes the class, which the original shares.
-        del module._modules["parametrizations"]
         module.__class__ = parametrize.type_before_parametrizations(module)
+        del module._modules["parametrizations"]
         for name, value in values.items():
             module.register_parameter(name, nn.Parameter(value))
     return copy

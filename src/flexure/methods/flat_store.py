@@ -63,9 +63,11 @@ class FlatStore:
                 f"another one; delete the file, or give another folder"
             )
         try:
-            return _read(numbers, tensors)
+            found = _read(numbers, tensors)
         except (KeyError, TypeError, IndexError):
             return None
+        self._drop_state(method, seed)  # an interrupt may have come between the two in `put`
+        return found
 
     def put(self, run: FlatRun, method: FlatMethod) -> None:
         """Stores a finished run, and drops the state that it went on from."""
@@ -83,11 +85,14 @@ class FlatStore:
                     tensors[f"{key}/{name}"] = value
         whole = {name: value.contiguous() for name, value in tensors.items()}
         self._store.put(_key(method, run.seed), whole, numbers)
-        shutil.rmtree(self.checkpoint(method, run.seed), ignore_errors=True)
+        self._drop_state(method, run.seed)
 
     def checkpoint(self, method: FlatMethod, seed: int) -> Path:
         """The folder for the state of a run that is not finished."""
         return self._store.folder / f"{_key(method, seed)}.checkpoint"
+
+    def _drop_state(self, method: FlatMethod, seed: int) -> None:
+        shutil.rmtree(self.checkpoint(method, seed), ignore_errors=True)
 
     def _identity(self, method: FlatMethod, seed: int) -> dict[str, Any]:
         """What a file must be of; compared as JSON values."""
