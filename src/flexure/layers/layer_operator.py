@@ -205,8 +205,9 @@ def plainly() -> Iterator[None]:
         stack.enter_context(temporarily_clear_interpreter_stack())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for device in {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}:
-            stack.enter_context(torch.autocast(device, enabled=False))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
