@@ -366,8 +366,12 @@ def _over_epochs(row: FlatRow, values: Callable[[FlatRun], Sequence[float]]) -> 
     epochs = list(zip(*runs, strict=False))
     if not epochs:
         return None
-    spread = [stdev(epoch) for epoch in epochs] if len(runs) > 1 else None
+    spread = [_spread(epoch) for epoch in epochs] if len(runs) > 1 else None
     return Curve(row.method, range(1, 1 + len(epochs)), [fmean(e) for e in epochs], spread)
+
+
+def _spread(values: Sequence[float]) -> float:
+    return stdev(values) if all(map(math.isfinite, values)) else 0.0
 
 
 def _is_steep(values: Sequence[float]) -> bool:
