@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -199,15 +200,20 @@ def test_wrong_settings() -> None:
     ("name", "lcnn"), [("resnet18", 1), ("resnet34", 0), ("vgg11", 0), ("vgg11", 1)]
 )
 def test_weights_round_trip(name: str, lcnn: int, tmp_path: Path) -> None:
-    model = shuffled_norms(BUILT[name](5, lcnn=bool(lcnn), width=2))
+    size = 32 if name == "vgg11" else 8
+    model = shuffled_norms(BUILT[name](5, lcnn=bool(lcnn), width=2, input_size=size))
     file = tmp_path / "w.safetensors"
     save_file(model.state_dict(), file)
-    address = f"flexure:{name}?weights={file}&width=2&lcnn={lcnn}"
+    address = f"flexure:{name}?weights={file}&width=2&input_size={size}&lcnn={lcnn}"
     loaded = load_model(address)
-    assert (loaded.address, loaded.head, loaded.preprocess) == (address, "linear", CIFAR)
+    assert (loaded.address, loaded.head, loaded.preprocess) == (
+        address,
+        "linear",
+        replace(CIFAR, size=(size, size)),
+    )
     stored = load_file(file)
     assert all(torch.equal(loaded.model.state_dict()[key], stored[key]) for key in stored)
-    x = torch.randn(2, 3, 32, 32)
+    x = torch.randn(2, 3, size, size)
     assert torch.equal(loaded.model(x), model(x))
     if lcnn:  # not the weights of its plain twin
         with pytest.raises(AddressError, match="missing keys"):
@@ -216,12 +222,12 @@ def test_weights_round_trip(name: str, lcnn: int, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*random weights")
 def test_options_reach_the_network() -> None:
-    loaded = load_model("flexure:resnet18?num_classes=3&width=2&input_size=20&lcnn=1&residual=sum")
+    loaded = load_model("flexure:resnet18?num_classes=3&width=2&input_size=9&lcnn=1&residual=sum")
     assert loaded.model.linear.out_features == 3
     assert loaded.model.conv1.out_channels == 2
     assert loaded.model.layer1[0].add.factor == 1
     x = loaded.preprocess(torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8))
-    assert x.shape == (3, 20, 20)
+    assert x.shape == (3, 9, 9)
     assert loaded.model(x[None]).shape == (1, 3)
 
 
