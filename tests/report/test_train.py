@@ -198,7 +198,7 @@ def test_the_tables_have_every_number() -> None:
     attacked = cells(page["Accuracy under attack"])
     assert attacked["standard"]["PGD 0.05 (%)"].startswith("90.00 [")
     assert attacked["standard"]["PGD 0.2 (%)"].startswith("82.50 [")
-    minus = cells(page["Minus standard: under attack"])
+    minus = cells(page["Minus standard: accuracy under attack"])
     assert set(minus) == {"lcnn", "at"}
     assert minus["at"]["PGD 0.2 (%)"].startswith("+10.00 [")
     minus = cells(page["Minus standard: curvature, gradients, accuracy"])
@@ -242,6 +242,18 @@ def test_clean_accuracy_beside_attacks_is_of_the_attacked_samples() -> None:
     assert "50.0 at 0," in picture.alt  # four of the first eight; of all forty it is 90 %
 
 
+def test_nothing_is_told_of_trainings_that_all_failed() -> None:
+    found = ODD["all failed"]()
+    assert list(sections(found)) == ["Curvature, gradients and accuracy", "The methods", "Notes"]
+    told = "\n".join(flat_summary(found))
+    assert (
+        "1 of 1 trainings by “lcnn” failed (seed 1): the loss is not finite in epoch 2.\n" in told
+    )
+    assert "Lowest" not in told
+    assert "Highest" not in told
+    assert "ntervals" not in told
+
+
 def test_methods_keep_their_looks_in_pictures_without_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -263,7 +275,9 @@ def test_failures_and_refusals_are_told_with_reasons() -> None:
     refused = run("relu", 2, lipschitz=None, refusals={"rate": "it is not smooth"})
     found = trained((run("standard", 1), run("standard", 2), failed("relu", 1), refused))
     text = "\n".join(flat_summary(found))
-    assert "1 of 2 trainings by relu failed (seeds 1): the loss is not finite in epoch 2." in text
+    assert (
+        "1 of 2 trainings by “relu” failed (seed 1): the loss is not finite in epoch 2. Its" in text
+    )
     page = sections(found)
     notes = cells(page["Notes"])
     assert "relu has no rate: it is not smooth" in notes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from flexure.methods.flat_quantities import FlatQuantity
@@ -86,7 +87,8 @@ def flat_summary(found: FlatTraining) -> tuple[str, ...]:
     intervals = f" Intervals in brackets: 95 %, over {told}." if told else ""
     names = ["normalized", "gradient_norm", "accuracy", *attack_names(found)[-1:]]
     leaders = [text for name in names if (text := _leader(found, found.quantities[name]))]
-    paired = " Differences are paired by seed and sample." if len(found.methods) > 1 else ""
+    some = any(row.differences for row in found.rows)
+    paired = " Differences are paired by seed and sample." if some else ""
     return (
         f"{', '.join(what)}; samples: {sizes}.{intervals}{paired}",
         *leaders,
@@ -99,33 +101,16 @@ def flat_summary(found: FlatTraining) -> tuple[str, ...]:
 def flat_sections(found: FlatTraining) -> list[Section]:
     """Tables and pictures, the columns of the paper's tables first."""
     return [
-        Section(
-            "Curvature, gradients and accuracy",
-            table=geometry_table(found),
-            caption="Means over samples and runs; in brackets 95 % intervals over "
-            f"{covers(found) or 'no draw'}. Geometry is that of the cross-entropy at the true "
-            f"label, on {_measured(found, 'them')}; accuracy is on all test samples. Curvature is "
-            "the Hessian norm over the gradient norm, of each sample.",
-        ),
-        *_difference_sections(found),
+        _geometry_section(found),
+        *_difference_sections(found, "curvature, gradients, accuracy", GEOMETRY),
         *tradeoff_sections(found),
         *attack_sections(found),
+        *_difference_sections(found, "accuracy under attack", attack_names(found)),
         *noise_sections(found),
         *boundary_sections(found),
         *learned_sections(found),
         *curve_sections(found),
-        *_discrepancy_sections(found),
-        Section(
-            "Medians",
-            table=median_table(found),
-            caption=f"Over samples, {_measured(found, 'the test samples')}; means over runs.",
-        ),
-        Section(
-            "More numbers",
-            table=more_table(found),
-            caption="The likelihood and the calibration error (15 bins) are those on all test "
-            "samples. The curvature rate is the growth of derivatives with their order.",
-        ),
+        *_more_sections(found),
         Section(
             "The methods",
             table=methods_table(found),
@@ -207,48 +192,74 @@ def _failures(found: FlatTraining) -> list[str]:
     for row in found.rows:
         failed = [run for run in row.runs if run.failure is not None]
         if failed:
-            seeds = ", ".join(str(run.seed) for run in failed)
+            seeds = ("seed " if len(failed) == 1 else "seeds ") + ", ".join(
+                str(run.seed) for run in failed
+            )
+            rest = " Its numbers rest on the others." if row.finished else ""
             told.append(
-                f"{len(failed)} of {len(row.runs)} trainings by {row.method} failed (seeds "
-                f"{seeds}): {failed[0].failure}. The others are what its numbers rest on."
+                f"{len(failed)} of {len(row.runs)} trainings by {_quoted(row)} failed ({seeds}): "
+                f"{failed[0].failure}.{rest}"
             )
     return told
 
 
-def _measured(found: FlatTraining, whom: str) -> str:
+def _measured(found: FlatTraining) -> str:
     measured = found.samples.get("measured")
-    return f"the first {measured} of {whom}" if measured else f"some of {whom}"
+    return f"the first {measured} test samples" if measured else "test samples"
 
 
-def _difference_sections(found: FlatTraining) -> list[Section]:
+def _geometry_section(found: FlatTraining) -> Section:
+    draws = covers(found)
+    intervals = f"; in brackets 95 % intervals over {draws}" if draws else ""
+    return Section(
+        "Curvature, gradients and accuracy",
+        table=geometry_table(found),
+        caption=f"Means over samples and runs{intervals}. Geometry is that of the cross-entropy at "
+        f"the true label, on {_measured(found)}; accuracy is on all test samples. Curvature is the "
+        "Hessian norm over the gradient norm, of each sample.",
+    )
+
+
+def _difference_sections(found: FlatTraining, what: str, names: Sequence[str]) -> list[Section]:
     """What each method changes, paired by seed and sample."""
-    rows = [row for row in found.rows if row.method != found.baseline and row.differences]
-    if not rows:
+    rows = [row for row in found.rows if row.method != found.baseline]
+    if not any(name in row.differences for row in rows for name in names):
         return []
-    parts = {"curvature, gradients, accuracy": GEOMETRY, "under attack": attack_names(found)}
     return [
         Section(
-            f"Minus {found.baseline}: {part}",
+            f"Minus {found.baseline}: {what}",
             table=estimate_table(found, names, rows, lambda row: row.differences, "+"),
             caption="Differences on the same samples, and between runs of the same seed, with 95 % "
             "intervals; of accuracies in percentage points.",
         )
-        for part, names in parts.items()
-        if any(name in row.differences for row in rows for name in names)
     ]
 
 
-def _discrepancy_sections(found: FlatTraining) -> list[Section]:
-    table = discrepancy_table(found)
-    if not table.rows:
-        return []
-    return [
-        Section(
+def _more_sections(found: FlatTraining) -> list[Section]:
+    """Tables without pictures, those that have columns and rows."""
+    made = (
+        (
             "Training and test data",
-            table=table,
-            caption="How much larger each mean is on test samples than on training samples, (test "
+            discrepancy_table(found),
+            "How much larger each mean is on test samples than on training samples, (test "
             "− train) / train: +1 is twice as large. In brackets 95 % intervals.",
-        )
+        ),
+        (
+            "Medians",
+            median_table(found),
+            f"Over samples, {_measured(found)}; means over runs.",
+        ),
+        (
+            "More numbers",
+            more_table(found),
+            "The likelihood and the calibration error (15 bins) are those on all test samples. The "
+            "curvature rate is the growth of derivatives with their order.",
+        ),
+    )
+    return [
+        Section(title, table=table, caption=caption)
+        for title, table, caption in made
+        if table.rows and len(table.columns) > 1
     ]
 
 

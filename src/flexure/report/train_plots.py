@@ -99,7 +99,7 @@ def against_radius(
         ends = [(place, one.low, one.high) for place, (_, one) in zip(x, there, strict=True)
                 if _has_interval(one)]  # fmt: skip
         if ends:
-            axes.vlines(*zip(*ends, strict=True), color=style.colour, linewidth=1.4)
+            axes.vlines(*zip(*ends, strict=True), color=style.colour, linewidth=1.4, alpha=0.5)
         listed = ", ".join(f"{one.value:.1f} at {r:g}" for r, one in there)
         told.append(f"{name}: {listed}")
     axes.set_xticks(list(radii), labels=[f"{r:g}" for r in radii])

@@ -72,7 +72,7 @@ def tradeoff_sections(found: FlatTraining) -> list[Section]:
             "Curvature against accuracy",
             pictures=(picture,),
             caption="Lines are 95 % intervals; accuracy is better to the right, curvature is lower "
-            f"below.{missing}",
+            f"below, on a logarithmic axis: an interval that goes to 0 ends at the edge.{missing}",
         )
     ]
 
