@@ -203,6 +203,13 @@ def test_a_training_that_fails_is_told_and_the_others_go_on() -> None:
     json.dumps(result.to_dict(), allow_nan=False)
 
 
+def test_a_network_that_is_not_finite_in_the_end_is_a_failed_run() -> None:
+    result = trained(methods="relu", lr=1e25, weight_decay=0.0, epochs=1, batch_size=64)
+    for run in result.runs:  # one step alone, whose loss and gradient were finite
+        assert "validation" in (run.failure or "")
+        assert (run.test, run.robust) == ({}, None)
+
+
 def test_what_a_network_does_not_have_is_told(found: FlatTraining) -> None:
     assert "rate" not in found["relu"].estimates
     assert any(note.startswith("relu has no rate") for note in found.notes)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,53 +51,25 @@ def measured(
     Raises:
         DataError: the data are wrong, whatever the network.
     """
-    refusals: dict[str, str] = {}
     network = settled(network)
-    model = task.space.wrap(network)
-
-    def tried(what: str, work: Callable[[], Any], otherwise: Any) -> Any:
-        try:
-            return work()
-        except DataError:
-            raise
-        except FlexureError as error:
-            refusals[what] = " ".join(str(error).split())
-            return otherwise
-
-    def summaries(name: str, batches: Any, measures: tuple[str, ...]) -> dict[str, Any]:
-        found = measure_model(
-            model,
-            batches,
-            names=(name, f"not {name}"),
-            measures=measures,
-            curvature_samples=task.measured,
-            rate_samples=min(task.measured, RATE_SAMPLES),
-            noise_samples=min(task.measured, NOISE_SAMPLES),
-            seed=task.measure_seed,
-            store=None if store is None else Path(store) / name,
-            progress=report,
-        ).models[0]
-        refusals.update({f"{what} on {name} data": why for what, why in found.refusals.items()})
-        return dict(found.summaries)
-
-    shape = next(iter(task.measured_train))[0].shape[1:]
+    work = _Measuring(task, task.space.wrap(network), store, report)
+    shape = tuple(next(iter(task.measured_train))[0].shape[1:])
+    steepest = task.space.steepest
     return {
-        "test": tried("geometry", partial(summaries, "test", task.test, _TEST), {}),
-        "train": tried(
+        "test": work.tried("geometry", lambda: work.geometry("test", task.test, _TEST), {}),
+        "train": work.tried(
             "geometry on training data",
-            partial(summaries, "train", task.measured_train, ("curvature",)),
+            lambda: work.geometry("train", task.measured_train, ("curvature",)),
             {},
         ),
-        "robust": tried("accuracy under attack", lambda: _robust(task, model, report), None),
-        "lipschitz": tried(
-            "Lipschitz bound",
-            lambda: float(lipschitz_bound(network, tuple(shape)).value) * task.space.steepest,
-            None,
+        "robust": work.tried("accuracy under attack", work.robust, None),
+        "lipschitz": work.tried(
+            "Lipschitz bound", lambda: steepest * float(lipschitz_bound(network, shape).value), None
         ),
-        "probabilities": None if task.grid is None else run_on_grid(model, task.grid),
+        "probabilities": None if task.grid is None else run_on_grid(work.model, task.grid),
         "betas": _values(network, CenteredSoftplus, "beta"),
         "gammas": _values(network, LipschitzBatchNorm, "gamma"),
-        "refusals": refusals,
+        "refusals": work.refusals,
     }
 
 
@@ -128,31 +99,73 @@ def run_on_grid(model: nn.Module, grid: Tensor) -> Tensor:
     return torch.cat(rows).reshape(*grid.shape[:2], -1)
 
 
-def _robust(task: FlatTask, model: nn.Module, report: Callable[[str, int, int], None]) -> Tensor:
-    """(n, R) bool: right, and still right under attack, on the first test samples."""
-    inputs, labels, left = [], [], task.measured
-    for x, y in task.test:
-        inputs.append(x[:left])
-        labels.append(y[:left])
-        left -= len(labels[-1])
-        if not left:
-            break
-    found = []
-    for done, radius in enumerate(task.radii):
-        report("attack", done, len(task.radii))
-        found.append(
-            robust_accuracy(
-                model,
-                torch.cat(inputs),
-                torch.cat(labels),
-                attack=ATTACK,
-                norm="l2",
-                eps=radius,
-                seed=task.measure_seed,
-                batch_size=len(inputs[0]),
-            ).robust.cpu()
-        )
-    return torch.stack(found, 1)
+class _Measuring:
+    """Measures one model, and notes what it does not have.
+
+    Attributes:
+        model: takes inputs in the task's space.
+        refusals: what was to be measured -> why the model does not have it.
+    """
+
+    def __init__(
+        self,
+        task: FlatTask,
+        model: nn.Module,
+        store: str | os.PathLike[str] | None,
+        report: Callable[[str, int, int], None],
+    ) -> None:
+        self._task, self._store, self._report = task, store, report
+        self.model = model
+        self.refusals: dict[str, str] = {}
+
+    def tried(self, what: str, work: Callable[[], Any], otherwise: Any) -> Any:
+        """What the work gives, or `otherwise` where the model does not have it."""
+        try:
+            return work()
+        except DataError:
+            raise  # the data are wrong, whatever the network
+        except FlexureError as error:
+            self.refusals[what] = " ".join(str(error).split())
+            return otherwise
+
+    def geometry(self, split: str, batches: Any, measures: tuple[str, ...]) -> dict[str, Any]:
+        """Measure -> its values on a split, for those that the model has."""
+        task = self._task
+        found = measure_model(
+            self.model,
+            batches,
+            names=(split, f"not {split}"),
+            measures=measures,
+            curvature_samples=task.measured,
+            rate_samples=min(task.measured, RATE_SAMPLES),
+            noise_samples=min(task.measured, NOISE_SAMPLES),
+            seed=task.measure_seed,
+            store=None if self._store is None else Path(self._store) / split,
+            progress=self._report,
+        ).models[0]
+        self.refusals |= {f"{what} on {split} data": why for what, why in found.refusals.items()}
+        return dict(found.summaries)
+
+    def robust(self) -> Tensor:
+        """(n, R) bool: right, and still right under attack, on the first test samples."""
+        task = self._task
+        inputs, labels, left = [], [], task.measured
+        for x, y in task.test:
+            inputs.append(x[:left])
+            labels.append(y[:left])
+            left -= len(labels[-1])
+            if not left:
+                break
+        x, y, size = torch.cat(inputs), torch.cat(labels), len(labels[0])
+        found = []
+        for done, radius in enumerate(task.radii):
+            self._report("attack", done, len(task.radii))
+            attacked = robust_accuracy(
+                self.model, x, y, attack=ATTACK, norm="l2", eps=radius, seed=task.measure_seed,
+                batch_size=size,
+            )  # fmt: skip
+            found.append(attacked.robust.cpu())
+        return torch.stack(found, 1)
 
 
 def _values(network: nn.Module, kind: type[nn.Module], name: str) -> dict[str, float]:

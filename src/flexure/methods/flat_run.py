@@ -5,6 +5,7 @@ Which runs there are, and what is kept of them, is `flat.py`'s.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -168,6 +169,7 @@ def _trained(
             raise
         return _FAILED | {"failure": " ".join(str(error).split())}
     best = history.best_epoch if recipe.keep == "best" else None
+    kept = recipe.epochs if best is None else best + 1
     each = batches.seconds or [history.seconds / recipe.epochs]
     return {
         "losses": history.epoch_losses,
@@ -175,11 +177,17 @@ def _trained(
         "val_loss": history.val_loss,
         "penalties": dict(history.penalties),
         "learning_rates": tuple(rates[0] for rates in history.learning_rates),
-        "kept": recipe.epochs if best is None else best + 1,
+        "kept": kept,
         "seconds": history.seconds,
         "seconds_per_epoch": sum(each) / len(each),
-        "failure": None,
+        "failure": None if math.isfinite(history.val_loss[kept - 1]) else _DIVERGED,
     }
+
+
+_DIVERGED = (
+    "expected a finite loss on validation data after training, got another; lower the learning "
+    "rate, clip gradients, or lower the weight of the penalty"
+)
 
 
 _FAILED: dict[str, Any] = {
