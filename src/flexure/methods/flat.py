@@ -174,18 +174,30 @@ def train_flat(
     with _stored(store, task, data, settings) as runs, _reporting(progress) as reporter:
         bench = _Bench(task, runs, seeds, reporter, clock, store is not None, folder)
         found = tuple(run for method in asked for run in bench.runs_of(method))
-    names = {method.name: method.says for method in asked}
-    measured = {"measured": task.measured}
+    return _result(task, data, asked, found, settings, clock, plane)
+
+
+def _result(
+    task: FlatTask,
+    data: TuningData,
+    methods: Sequence[FlatMethod],
+    runs: tuple[FlatRun, ...],
+    settings: Mapping[str, Any],
+    clock: Clock,
+    plane: Plane | None,
+) -> FlatTraining:
+    names = {method.name: method.says for method in methods}
+    sizes = {name: len(split) for name, split in data.splits.items()}
     return FlatTraining(
         methods=names,
-        seeds=seeds,
-        runs=found,
+        seeds=tuple(dict.fromkeys(run.seed for run in runs)),
+        runs=runs,
         baseline=STANDARD if STANDARD in names else next(iter(names)),
         radii=task.radii,
-        samples={name: len(split) for name, split in data.splits.items()} | measured,
+        samples={**sizes, "measured": task.measured},
         settings=settings,
         timing=dict(clock.seconds),
-        told=_told(task, found, data),
+        told=_told(task, runs, data),
         plane=plane,
     )
 
@@ -315,7 +327,7 @@ def _plane(data: TuningData) -> Plane | None:
     room = _MARGIN * (high - low)
     ends = zip((low - room).tolist(), (high + room).tolist(), strict=True)
     x, y = (torch.linspace(start, end, _GRID) for start, end in ends)
-    return Plane(x, y, points.float(), labels)
+    return Plane(x, y, points.float().cpu(), labels.cpu())
 
 
 def _inputs(plane: Plane) -> Tensor:
