@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import pytest
 
 from flexure.contracts import FlexureError
-from flexure.report.canvas import PANEL, WIDE, Picture, canvas, draw_legend, title_text
+from flexure.report import geometry_plots
+from flexure.report.canvas import PANEL, WIDE, Picture, canvas, draw_legend, look, title_text
 from flexure.report.geometry_plots import (
     Bin,
     Fit,
@@ -198,3 +199,25 @@ def test_texts_give_the_numbers() -> None:
     assert "75.0 %, layer1.relu" in PICTURES["contributions"].alt
     assert "0.55: 0.50 of 6" in PICTURES["reliability"].alt
     assert "from 10 for the surest to 0.1 for the least" in PICTURES["against_doubt"].alt
+
+
+def test_a_dozen_looks_are_told_apart_by_shape_and_by_colour_with_dashes() -> None:
+    looks = [look(k) for k in range(12)]
+    assert len({one.marker for one in looks}) == 12
+    assert len({(one.colour, str(one.dashes)) for one in looks}) == 12
+    assert len({(one.colour, one.hollow) for one in looks}) == 12
+
+
+def test_bounds_may_share_one_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels: list[str] = []
+    draw = geometry_plots.draw_legend
+
+    def spying(figure: Any) -> None:
+        labels.extend(figure.axes[0].get_legend_handles_labels()[1])
+        draw(figure)
+
+    monkeypatch.setattr(geometry_plots, "draw_legend", spying)
+    for bounds in ("", "bounds"):
+        under_noise([LINE, BOUND], title="T", x_label="x", y_label="y", bounds=bounds)
+    under_noise([LINE], title="T", x_label="x", y_label="y", bounds="bounds")
+    assert labels == ["measured", "bound", "measured", "bounds", "measured"]

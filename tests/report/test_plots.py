@@ -185,3 +185,12 @@ def test_depth_tells_the_first_and_the_last_median() -> None:
     sites = [[np.array([0.1, 0.2, 0.3])], [np.array([0.4]), np.array([0.6])]]
     picture = over_depth(sites, title="t", axis="beta")
     assert "2 sites; the median goes from 0.200 at the first site to 0.500" in picture.alt
+
+
+def test_curves_of_several_decades_have_a_logarithmic_axis() -> None:
+    lines = [Curve("a", [1, 2, 3], [1e-3, 1.0, 1e3]), Curve("b", [1, 2, 3], [0.0, 1.0, -1.0])]
+    plain, log = (curves(lines, title="T", log=log, looks=[2, 0]) for log in (False, True))
+    assert plain.svg != log.svg
+    assert curves(lines, title="T", log=True).svg != log.svg  # other colours
+    with pytest.raises(ValueError, match="zip"):
+        curves(lines, title="T", looks=[1])

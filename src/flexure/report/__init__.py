@@ -22,6 +22,8 @@ from flexure.report.search import (
     verdict,
 )
 from flexure.report.tables import Table, gain_text, percent, run_table, site_table, table_of
+from flexure.report.train import flat_page, flat_sections, flat_summary
+from flexure.report.train_sections import boundary_figure, noise_figure
 from flexure.report.tune import tune_page, tune_sections, tune_summary
 
 __all__ = [
@@ -32,10 +34,15 @@ __all__ = [
     "Section",
     "Table",
     "boundary",
+    "boundary_figure",
     "curves",
     "estimates",
+    "flat_page",
+    "flat_sections",
+    "flat_summary",
     "gain_text",
     "histogram",
+    "noise_figure",
     "over_depth",
     "percent",
     "render",
