@@ -6,9 +6,9 @@
     FLEXURE_DATA=FOLDER python docs/experiments/flat_training.py cifar
     FLEXURE_DATA=FOLDER python docs/experiments/flat_training.py ablations
 
-One results file each, with the report's page beside it, in `docs/experiments/results/flat-training/`
-(or `--out`). What is finished is kept in `--work`, so that an interrupted run goes on where it
-stopped. `flat_training_table.py` prints the tables and draws the pictures.
+One results file each, with its pictures, in `docs/experiments/results/flat-training/` (or `--out`).
+What is finished is kept in `--work`, with the report's page, so that an interrupted run goes on
+where it stopped. `flat_training_table.py` prints the tables.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from flexure.models import CIFAR, MLP, AsFloat, CifarResNet
 from flexure.record import record, write_json
 from flexure.report import run_table
 from flexure.report.train import flat_page
+from flexure.report.train_sections import boundary_figure, noise_figure
 
 RESULTS = Path(__file__).parent / "results" / "flat-training"
 TABLE_1 = ("standard", "lcnn", "gradreg", "lcnn+gradreg", "cure", "softplus-wd", "at")
@@ -80,9 +81,20 @@ def main() -> None:
     payload = record(config=config, seed=found.seeds[0], numbers=found.to_dict())
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / f"{options.experiment}.json", payload)
-    page = options.out / f"{options.experiment}.html"
-    flat_page(page, found, title=f"Flat training: {options.experiment}", run=run_table(payload))
+    title = f"Flat training: {options.experiment}"
+    flat_page(work / "report.html", found, title=title, run=run_table(payload))
+    draw(found, options.out, options.experiment)
     print(found)
+
+
+def draw(found: flexure.FlatTraining, folder: Path, name: str) -> None:
+    """The noise curve, and the map of two-dimensional data."""
+    pictures = {"noise": noise_figure(found)}
+    if found.plane is not None:
+        pictures["boundaries"] = boundary_figure(found, methods=("standard", "lcnn"))
+    for what, picture in pictures.items():
+        svg = picture.svg.replace("<svg ", '<svg style="background:white" ', 1)
+        (folder / f"{name}-{what}.svg").write_text(svg + "\n")
 
 
 def moons() -> tuple[Any, Any, Any]:
