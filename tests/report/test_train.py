@@ -163,7 +163,7 @@ def test_headlines_name_the_best_and_are_true_of_the_numbers() -> None:
     assert accuracy.startswith("Highest accuracy on test data: “at”, 100.00")
     assert attacked.startswith("Highest accuracy under l2 PGD of radius 0.2: “at”, 92.50")
     assert "+10.00 points" in attacked
-    assert cost == "Time of an epoch, over that of standard: lcnn 1.50, at 1.00."
+    assert cost == "Time of an epoch, over that of “standard”: “lcnn” 1.50, “at” 1.00."
     assert note == "Note: inputs have no bounds."
 
 

@@ -146,8 +146,8 @@ def _leader(found: FlatTraining, quantity: FlatQuantity) -> str:
 
 
 def _quoted(row: FlatRow) -> str:
-    """A method's name amid a sentence; one of them is "at"."""
-    return f"\u201c{row.method}\u201d"
+    """A method's name amid a sentence, where "at" is another word."""
+    return f"“{row.method}”"
 
 
 def _value(found: FlatTraining, quantity: FlatQuantity, row: FlatRow) -> str:
@@ -177,13 +177,13 @@ def _against(found: FlatTraining, quantity: FlatQuantity, first: FlatRow, other:
 def _cost(found: FlatTraining) -> list[str]:
     """How long an epoch takes, over the baseline's."""
     told = [
-        f"{row.method} {row.relative_time:.2f}"
+        f"{_quoted(row)} {row.relative_time:.2f}"
         for row in found.rows
         if row.method != found.baseline and math.isfinite(row.relative_time)
     ]
     if not told:
         return []
-    return [f"Time of an epoch, over that of {found.baseline}: {', '.join(told)}."]
+    return [f"Time of an epoch, over that of “{found.baseline}”: {', '.join(told)}."]
 
 
 def _failures(found: FlatTraining) -> list[str]:

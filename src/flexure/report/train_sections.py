@@ -246,12 +246,13 @@ def curve_sections(found: FlatTraining) -> list[Section]:
         )
     if not pictures:
         return []
-    bands = " The bands are one standard deviation over seeds." if len(found.seeds) > 1 else ""
+    several = len(found.seeds) > 1
+    bands = " Means over seeds, with bands of one standard deviation." if several else ""
     return [
         Section(
             "Training",
             pictures=tuple(pictures),
-            caption="After each epoch, means over seeds. The objective is what each method "
+            caption="After each epoch. The objective is what each method "
             "minimises, with its penalties and on the inputs that it makes: compare methods by "
             f"validation loss and accuracy.{bands}",
         )
@@ -262,7 +263,7 @@ def learned_sections(found: FlatTraining) -> list[Section]:
     """Learned betas and gammas over sites, and what they come to: the Lipschitz bound."""
     bound = found.quantities["lipschitz"]
     told = "; ".join(
-        f"{row.method} {estimate_text(bound, row.estimates['lipschitz'])}"
+        f"“{row.method}” {estimate_text(bound, row.estimates['lipschitz'])}"
         for row in found.rows
         if "lipschitz" in row.estimates
     )
