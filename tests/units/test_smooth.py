@@ -21,6 +21,7 @@ from flexure.units import (
     CenteredSoftplus,
     Softplus,
     bends,
+    blocked,
     centered_softplus,
     module_unit_bounds,
     plain,
@@ -144,6 +145,41 @@ def one_tensor(beta: float, spread: float, weights: str) -> tuple[float, float, 
 def test_the_gradient_in_beta_of_a_large_tensor(beta: float, spread: float, weights: str) -> None:
     fast, exact, magnitude = one_tensor(beta, spread, weights)
     assert abs(fast - exact) <= 4e-6 * magnitude
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.1, 5.0, 15.0, 30.0])
+def test_values_of_a_large_tensor_are_those_of_its_pieces(beta: float) -> None:
+    """Which torch's own kernel makes where its error, a rounding of 1/beta, is small."""
+    torch.manual_seed(5)
+    x = torch.cat([torch.randn(1 << 14), 1e-3 * torch.randn(1 << 10), torch.zeros(1)])
+    whole = centered_softplus(x, beta)
+    pieces = torch.cat([centered_softplus(piece, beta) for piece in x.split(1 << 12)])
+    exact = plain.centered_softplus(x.double(), beta)
+    for found in (whole, pieces):
+        error, size = (found - exact).abs(), 1 / beta + x.abs()
+        assert (error <= 2e-7 * size).all()
+        assert error.mean() <= 5e-8 * size.mean()
+
+
+def test_a_fused_kernel_is_taken_where_it_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("_centered_fused", "_centered_values"):
+        real = getattr(blocked, name)
+        monkeypatch.setattr(
+            blocked, name, lambda *a, _n=name, _f=real: (calls.append(_n), _f(*a))[1]
+        )
+    for x, beta, expected in (
+        (torch.randn(1 << 14), 5.0, "_centered_fused"),
+        (torch.randn(1 << 14), 0.5, "_centered_values"),  # it would cancel
+        (torch.randn(1 << 14), 50.0, "_centered_values"),  # slow where powers underflow
+        (torch.randn(1 << 14, dtype=DOUBLE), 5.0, "_centered_values"),
+        (torch.randn(1 << 10), 5.0, "_centered_values"),
+        (torch.randn(1 << 14), torch.rand(1 << 14) + 5, "_centered_values"),
+        (torch.full((1 << 14,), math.nan), 5.0, "_centered_values"),
+    ):
+        calls.clear()
+        centered_softplus(x, beta)
+        assert set(calls) == {expected}
 
 
 def test_single_precision_is_taken_where_it_suffices(monkeypatch: pytest.MonkeyPatch) -> None:

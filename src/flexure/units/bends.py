@@ -16,14 +16,15 @@ from torch import Tensor
 from flexure.units.layout import Totals, widest
 from flexure.units.plain import LN2, Dial
 
-__all__ = ["double_sums", "single_suffices", "single_sums", "slope_changes"]
+__all__ = ["double_sums", "fused_suffices", "single_suffices", "single_sums", "slope_changes"]
 
 # |x| counts as at most this much, so that its square stays finite.
 LARGEST_SQUARED = 1e18
 # The bracket of `double_sums` cancels for smaller t; three terms of its series take over.
 BEND_SERIES_UP_TO = 1e-2
-# From here on exp(-t) is below float32's rounding of 1; smaller powers are slow to take.
-FAR = 40.0
+# Below, torch's softplus cancels beside typical values; above, many of its powers underflow, which
+# is slow.
+FUSED_ROOT_MEAN_SQUARES = (1.0, 16.0)
 # The working precision suffices where the root mean square of beta·x is at least this: there its
 # error was at most 1.5e-6 of the sum of magnitudes, next to the switch, and 2e-7 farther off
 # (65,536 normal x, in `tests/units/test_smooth.py`). Below, double precision.
@@ -31,32 +32,45 @@ LEAST_ROOT_MEAN_SQUARE = 0.1
 # Fewer elements cost little either way, and have few errors to average out.
 FEWEST_ELEMENTS = 1 << 13
 
+# As a tensor it is a first operand, and writes where it is told to.
+_ONE = torch.ones(())
+
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
 
-def single_suffices(x: Tensor, beta: float) -> bool:
+def single_suffices(x: Tensor, beta: float | None) -> bool:
     """Whether the sums may be taken in the working precision.
 
-    On the CPU, where reading a number stalls nothing; elsewhere double precision is kept.
+    Where all of x is finite. Elsewhere than on the CPU double precision is kept.
 
     Args:
         x: dense.
-        beta: shared by all of its elements.
+        beta: shared by all of its elements; None where they have several.
     """
-    if x.numel() < FEWEST_ELEMENTS or x.dtype != torch.float32 or x.device.type != "cpu":
-        return False
-    norm = float(torch.linalg.vector_norm(x))
-    return beta * norm >= LEAST_ROOT_MEAN_SQUARE * math.sqrt(x.numel())  # nan: double precision
+    return LEAST_ROOT_MEAN_SQUARE <= _root_mean_square(x, beta) < math.inf
+
+
+def fused_suffices(x: Tensor, beta: float | None) -> bool:
+    """Whether centered softplus may be taken as softplus less its value at 0, in one torch kernel.
+
+    Its error is a rounding of 1/beta, then below those of typical values.
+
+    Args:
+        x: dense.
+        beta: shared by all of its elements; None where they have several.
+    """
+    low, high = FUSED_ROOT_MEAN_SQUARES
+    return low <= _root_mean_square(x, beta) <= high
 
 
 def single_sums(
     x: Tensor, g: Tensor, room: tuple[Tensor, ...], beta: float, totals: Totals
 ) -> None:
-    """`g·B(t)`, `t = beta·|x|`, `B = log 2 + log(1 - s) - t·s`, `s = sigmoid(-t)`; beta² times."""
+    """`g·B(t)`, `t = beta·|x|`, `B = log(2·(1 - s)) - t·s`, `s = sigmoid(-t)`; beta² times."""
     t, s, bent = room[:3]
-    torch.abs(x, out=t).mul_(-beta).clamp_min_(-FAR)
+    torch.abs(x, out=t).mul_(-beta)
     torch.sigmoid(t, out=s)
-    torch.neg(s, out=bent).log1p_().addcmul_(t, s).add_(LN2)
+    torch.sub(_ONE, s, alpha=2.0, out=bent).log1p_().addcmul_(t, s)
     # Not a dot product, which gathers one sign's rounding errors: 2e-5 of a block was measured.
     totals.put(0, torch.sum(torch.mul(g, bent, out=t)))
 
@@ -109,3 +123,15 @@ def _finite(beta: Dial) -> tuple[Dial, Dial, Dial]:
         return near, factor, 1.0 - endless.to(beta.dtype)
     number = float(beta)
     return (1.0, 0.0, 0.0) if math.isinf(number) else (number, number, 1.0)
+
+
+def _root_mean_square(x: Tensor, beta: float | None) -> float:
+    """Of beta·x; nan for few elements, other dtypes, and devices that reading a number stalls."""
+    if (
+        beta is None
+        or x.numel() < FEWEST_ELEMENTS
+        or x.dtype != torch.float32
+        or x.device.type != "cpu"
+    ):
+        return math.nan
+    return beta * float(torch.linalg.vector_norm(x)) / math.sqrt(x.numel())

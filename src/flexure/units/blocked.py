@@ -25,7 +25,7 @@ from torch import Tensor
 from flexure.units import bends
 from flexure.units.kernels import calls
 from flexure.units.layout import Layout, Totals, dense, widest
-from flexure.units.plain import LN2, SOFTPLUS_THRESHOLD, Dial, working_dtype
+from flexure.units.plain import LN2, SOFTPLUS_THRESHOLD, Dial, at_least, at_most, working_dtype
 
 __all__ = ["centered_softplus", "centered_softplus_gradients", "ctu", "ctu_gradients"]
 
@@ -39,6 +39,7 @@ LARGEST_ARGUMENT = 1e30
 NO_BEND = 1e-25
 
 _aten = torch.ops.aten
+_softplus = _aten.softplus.out
 _softplus_backward = _aten.softplus_backward.grad_input
 _silu_backward = _aten.silu_backward.grad_input
 _sigmoid_backward = _aten.sigmoid_backward.grad_input
@@ -86,7 +87,7 @@ def ctu_gradients(
     # In the notation of _ctu_sums, with sums taken over everything that shares a dial's value.
     b, mix = _wide(layout, beta), _wide(layout, c)
     width = 1.0 - b
-    gamma = 1.0 / _at_least(width, NO_WIDTH)
+    gamma = 1.0 / at_least(width, NO_WIDTH)
     by_beta = by_c = None
     if needs[1] and isinstance(beta, Tensor):
         entropy = totals.result(1) + gamma * totals.result(2)
@@ -102,7 +103,8 @@ def centered_softplus(x: Tensor, beta: Dial, *, inplace: bool = False) -> Tensor
     source = dense(x)
     layout = Layout.of(source, _tensors(beta))
     k = _bend(layout, beta, working_dtype(x))
-    return _map(_centered_values, x, source, layout, k, inplace)
+    fused = bends.fused_suffices(source, _number(k, layout))
+    return _map(_centered_fused if fused else _centered_values, x, source, layout, k, inplace)
 
 
 def centered_softplus_gradients(
@@ -113,10 +115,10 @@ def centered_softplus_gradients(
     layout = Layout.of(x, _tensors(beta))
     totals = Totals(layout, 1, widest(x.new_empty(0)).dtype)
     k = _bend(layout, beta, working_dtype(x))
-    if k.half is k.relu is None and not isinstance(k.beta, Tensor) and layout.varies is None:
-        if needs == (True, False) and x.dtype == working_dtype(x):
-            return _aten.softplus_backward(grad, x, k.beta, SOFTPLUS_THRESHOLD), None
-        k = k._replace(single=needs[1] and bends.single_suffices(x, k.beta))
+    number = _number(k, layout)
+    if number is not None and needs == (True, False) and x.dtype == working_dtype(x):
+        return _aten.softplus_backward(grad, x, number, SOFTPLUS_THRESHOLD), None
+    k = k._replace(single=needs[1] and bends.single_suffices(x, number))
     by_x = _sweep(_centered_backward, _centered_sums, grad, x, layout, k, totals, needs)
     by_beta = None
     if needs[1] and isinstance(beta, Tensor):
@@ -291,6 +293,11 @@ def _centered_values(x: Tensor, y: Tensor, a: Tensor, s: Tensor, k: _Bend) -> No
         y.copy_(torch.where(k.relu, torch.clamp_min(x, 0.0), y))
 
 
+def _centered_fused(x: Tensor, y: Tensor, a: Tensor, s: Tensor, k: _Bend) -> None:
+    _softplus(x, k.beta, SOFTPLUS_THRESHOLD, out=y)
+    y.sub_(k.inverse, alpha=LN2)
+
+
 def _centered_backward(x: Tensor, g: Tensor, y: Tensor, s: Tensor, k: _Bend) -> None:
     _sigmoid_times(g, x, k.beta, y)
     if k.half is not None:
@@ -317,7 +324,7 @@ def _coefficients(layout: Layout, beta: Dial, c: Dial, dtype: torch.dtype) -> _C
     """Computed in double precision on the dials' own few values, then cast."""
     b, mix = _wide(layout, beta), _wide(layout, c)
     width = 1.0 - b
-    gamma = 1.0 / _at_least(width, NO_WIDTH)
+    gamma = 1.0 / at_least(width, NO_WIDTH)
     eta = b * gamma
     k = (eta, gamma, mix, -eta, -gamma / LN2, -mix, (1.0 - mix) * width)
     return _Coefficients._make([*(_narrow(v, dtype) for v in k), _mask(width == 0, layout)])
@@ -325,10 +332,16 @@ def _coefficients(layout: Layout, beta: Dial, c: Dial, dtype: torch.dtype) -> _C
 
 def _bend(layout: Layout, beta: Dial, dtype: torch.dtype) -> _Bend:
     b = _wide(layout, beta)
-    finite = _at_most(_at_least(b, NO_BEND), LARGEST_ARGUMENT)
+    finite = at_most(at_least(b, NO_BEND), LARGEST_ARGUMENT)
     k = (finite, -finite, 1.0 / finite)
     masks = _mask(b < NO_BEND, layout), _mask(b == math.inf, layout)
     return _Bend._make([*(_narrow(v, dtype) for v in k), *masks, False])
+
+
+def _number(k: _Bend, layout: Layout) -> float | None:
+    """The beta of all elements, where that is one number, neither 0 nor inf."""
+    ends = k.half is not None or k.relu is not None
+    return None if isinstance(k.beta, Tensor) or layout.varies or ends else k.beta
 
 
 def _tensors(*dials: Dial) -> tuple[Tensor, ...]:
@@ -346,14 +359,6 @@ def _wide(layout: Layout, dial: Dial) -> Dial:
 
 def _narrow(value: Dial, dtype: torch.dtype) -> Dial:
     return value.to(dtype) if isinstance(value, Tensor) else value
-
-
-def _at_least(value: Dial, low: float) -> Dial:
-    return value.clamp_min(low) if isinstance(value, Tensor) else max(value, low)
-
-
-def _at_most(value: Dial, high: float) -> Dial:
-    return value.clamp_max(high) if isinstance(value, Tensor) else min(value, high)
 
 
 def _mask(true: Tensor | bool, layout: Layout) -> Tensor | None:
@@ -384,10 +389,7 @@ def _counts(k: Dial) -> bool:
 
 def _add_(y: Tensor, s: Tensor, k: Dial) -> None:
     """`y += k·s`."""
-    if isinstance(k, Tensor):
-        y.addcmul_(s, k)
-    else:
-        y.add_(s, alpha=k)
+    _ = y.addcmul_(s, k) if isinstance(k, Tensor) else y.add_(s, alpha=k)
 
 
 def _sigmoid_times(g: Tensor, u: Tensor, k: Dial, out: Tensor) -> None:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 __all__ = [
     "Dial",
+    "at_least",
+    "at_most",
     "centered_softplus",
     "centered_softplus_curvature",
     "centered_softplus_slope",
@@ -60,6 +62,16 @@ _aten = torch.ops.aten
 def working_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64 inputs, float32 for every other: what the arithmetic runs in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def at_least(value: Dial, low: float) -> Dial:
+    """The larger of the two, elementwise."""
+    return value.clamp_min(low) if isinstance(value, Tensor) else max(value, low)
+
+
+def at_most(value: Dial, high: float) -> Dial:
+    """The smaller of the two, elementwise."""
+    return value.clamp_max(high) if isinstance(value, Tensor) else min(value, high)
 
 
 def ctu(x: Tensor, beta: Dial, c: Dial) -> Tensor:
