@@ -38,7 +38,9 @@ class ResidualSum(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Two tensors whose shapes broadcast -> one of their common shape."""
         total = a + b
-        return total if self.factor == 1.0 else self.factor * total
+        if self.factor == 1.0:
+            return total
+        return total.mul_(self.factor) if type(total) is Tensor else self.factor * total
 
     def extra_repr(self) -> str:
         """The factor."""

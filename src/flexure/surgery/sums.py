@@ -214,7 +214,9 @@ class Scaling(Frame):
     def changed(self, change: Any, call: Any, func: Any, args: Any, kwargs: Any) -> Any:
         """The sum times the factor."""
         total = func(*args, **kwargs)
-        return total.mul_(change) if call else total * change
+        # What torch has just made is nobody else's yet.
+        fresh = type(total) is torch.Tensor and "out" not in kwargs
+        return total.mul_(change) if call or fresh else total * change
 
 
 def _step(caller: str, index: int | None, factor: float) -> Step:
