@@ -193,6 +193,31 @@ def test_wrong_settings() -> None:
         resnet18(residual="product")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lcnn": "no"}, "lcnn to be True or False"),
+        ({"lcnn": True, "beta": "5"}, "beta.*'5'"),
+        ({"lcnn": True, "beta": True}, "beta.*True"),
+        ({"lcnn": True, "gamma": [10]}, "gamma"),
+        ({"lcnn": True, "residual": ["mean"]}, "residual"),
+        ({"lcnn": True, "residual": ""}, "residual"),
+        ({"lcnn": True, "activation": 5}, "activation.*5"),
+        ({"lcnn": True, "activation": nn.Tanh, "beta": 3.0}, "beta=.*activation of its own"),
+        ({"width": "4"}, "width to be a whole number"),
+        ({"width": 2.5}, "width to be a whole number"),
+        ({"num_classes": True}, "num_classes to be a whole number"),
+        ({"beta": -1}, "beta"),
+        ({"gamma": 0.5}, "gamma"),
+        ({"beta": 7.0}, "beta= with lcnn=True"),
+        ({"gamma": 10.0, "residual": "mean"}, "residual=, gamma= with lcnn=True"),
+    ],
+)
+def test_no_setting_is_dropped_silently(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(FlexureError, match=message):
+        resnet18(**{"width": 4, **settings})
+
+
 # addresses
 
 
@@ -265,7 +290,6 @@ def test_mlp(tmp_path: Path) -> None:
         load_model(f"flexure:mlp?sizes=64-20-9&weights={tmp_path / 'm.safetensors'}")
 
 
-@pytest.mark.filterwarnings("ignore:.*random weights")
 @pytest.mark.parametrize(
     ("rest", "message"),
     [
@@ -276,11 +300,19 @@ def test_mlp(tmp_path: Path) -> None:
         ("vgg11?residual=mean", "'residual=mean'"),
         ("vgg11?input_size=16", "32 x 32"),
         ("mlp?sizes=2", "at least an input and an output"),
-        ("mlp?sizes=2-x-2", "whole number for sizes"),
+        ("mlp?sizes=2-x-2", "whole number.* for sizes"),
         ("mlp?activation=sine", "relu, tanh, softplus.*'sine'"),
         ("mlp?num_classes=3", "'num_classes=3'"),
+        ("resnet18?width=4&residual=mean", "residual= with lcnn=True"),
+        ("resnet18?seed=99999999999999999999999", "below 2\\^64 for seed"),
+        (f"resnet18?seed={'9' * 5000}", "below 2\\^64 for seed"),
+        ("resnet18?width=\u0663", "whole number.* for width"),
+        ("resnet18?width=999999999999", "fits into memory.*smaller"),
+        ("resnet18?width=18446744073709551615", "fits into memory.*smaller"),
+        ("mlp?sizes=2-99999999999999-2", "fits into memory.*smaller"),
     ],
 )
-def test_wrong_addresses(rest: str, message: str) -> None:
+def test_wrong_addresses(rest: str, message: str, recwarn: pytest.WarningsRecorder) -> None:
     with pytest.raises(AddressError, match=message):
         load_model(f"flexure:{rest}")
+    assert not recwarn  # nothing is said of the weights of a network that there is not

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ __all__ = [
     "builder",
     "check_constants",
     "check_network",
+    "check_whole",
 ]
 
 RESIDUAL_FACTORS: Mapping[str, float] = {"sum": 1.0, "mean": 0.5, "sqrt2": 1 / math.sqrt(2)}
@@ -129,46 +132,55 @@ def builder(
     lcnn: bool,
     activation: Callable[[], nn.Module] | None,
     *,
-    residual: str = "mean",
-    beta: float,
-    gamma: float,
+    residual: str | None = None,
+    beta: float | None = None,
+    gamma: float | None = None,
 ) -> Builder:
     """The builder of a plain network, or of an LCNN.
 
     Args:
         lcnn: which of the two.
         activation: makes one activation module; None: ReLU, or an LCNN's centered softplus.
-        residual: a key of `RESIDUAL_FACTORS`; an LCNN's.
-        beta: of the centered softplus at the start.
-        gamma: of the BatchNorms at the start.
+        residual: a key of `RESIDUAL_FACTORS`, of an LCNN; None: `"mean"`.
+        beta: of an LCNN's centered softplus at the start; None: 5.
+        gamma: of an LCNN's BatchNorms at the start; None: 10.
 
     Raises:
-        FlexureError: an unknown `residual`, beta <= 0, gamma < 1, or one of them not finite.
+        FlexureError: an unknown `residual`, beta <= 0, gamma < 1, or one of them not finite; one
+            of them for a plain network, or beta for an activation of one's own; an `lcnn` that is
+            no bool; an `activation` that makes no modules.
     """
-    if residual not in RESIDUAL_FACTORS:
+    _check_kind(lcnn, activation)
+    residual_ = "mean" if residual is None else residual
+    beta_, gamma_ = 5.0 if beta is None else beta, 10.0 if gamma is None else gamma
+    if residual_ not in tuple(RESIDUAL_FACTORS):
         raise FlexureError(
             f"expected residual to be one of {', '.join(map(repr, RESIDUAL_FACTORS))}, got "
             f"{residual!r}; choose one of them"
         )
+    check_constants(beta_, gamma_)
     if not lcnn:
+        _check_none("with lcnn=True", "a plain network", residual=residual, beta=beta, gamma=gamma)
         return Builder(activation or nn.ReLU)
-    check_constants(beta, gamma)
-    return FlatBuilder(activation, beta=beta, gamma=gamma, factor=RESIDUAL_FACTORS[residual])
+    if activation is not None:
+        _check_none("with centered softplus", "an activation of its own", beta=beta)
+    return FlatBuilder(activation, beta=beta_, gamma=gamma_, factor=RESIDUAL_FACTORS[residual_])
 
 
 def check_constants(beta: float, gamma: float) -> None:
     """Makes sure that beta and gamma can start an LCNN.
 
     Raises:
-        FlexureError: beta <= 0, gamma < 1, or one of them not finite.
+        FlexureError: beta <= 0, gamma < 1, or one of them not finite or no number.
     """
-    if not 0 < beta < math.inf:
+    if not _is_number(beta) or not 0 < beta < math.inf:
         raise FlexureError(
-            f"expected beta to be positive and finite, got {beta}; the paper starts at 5"
+            f"expected beta to be a positive and finite number, got {beta!r}; the paper starts at 5"
         )
-    if not 1 <= gamma < math.inf:
+    if not _is_number(gamma) or not 1 <= gamma < math.inf:
         raise FlexureError(
-            f"expected gamma to be finite and at least 1, got {gamma}; the paper starts at 10"
+            f"expected gamma to be a finite number of at least 1, got {gamma!r}; the paper starts "
+            f"at 10"
         )
 
 
@@ -182,10 +194,44 @@ def check_network(num_classes: int, width: int, input_size: int, least: int) -> 
         least: the smallest of these that the network takes.
 
     Raises:
-        FlexureError: one of them is too small.
+        FlexureError: one of them is too small, or no whole number.
     """
+    check_whole(num_classes=num_classes, width=width, input_size=input_size)
     if num_classes < 1 or width < 1 or input_size < least:
         raise FlexureError(
             f"expected at least 1 class, 1 channel and {least} x {least} pixels, got "
             f"num_classes={num_classes}, width={width} and input_size={input_size}; choose larger"
         )
+
+
+def check_whole(**numbers: Any) -> None:
+    """Makes sure that arguments, by their names, are whole numbers.
+
+    Raises:
+        FlexureError: one is not.
+    """
+    for name, value in numbers.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise FlexureError(f"expected {name} to be a whole number, got {value!r}; give an int")
+
+
+def _check_kind(lcnn: Any, activation: Any) -> None:
+    if not isinstance(lcnn, bool):
+        raise FlexureError(f"expected lcnn to be True or False, got {lcnn!r}; choose one of them")
+    if activation is not None and not callable(activation):
+        raise FlexureError(
+            f"expected activation to make a module when it is called, got {activation!r}; give a "
+            f"class, such as nn.ReLU"
+        )
+
+
+def _check_none(where: str, got: str, **settings: Any) -> None:
+    given = [f"{name}=" for name, value in settings.items() if value is not None]
+    if given:
+        raise FlexureError(
+            f"expected {', '.join(given)} {where}, got {got}, which has no use for it; drop it"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

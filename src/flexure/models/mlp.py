@@ -11,6 +11,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from flexure.contracts import FlexureError
+from flexure.models.builder import check_whole
 
 __all__ = ["MLP"]
 
@@ -39,6 +40,7 @@ class MLP(nn.Module):
             FlexureError: fewer than two sizes, or one below 1.
         """
         super().__init__()
+        check_whole(**{f"sizes[{i}]": size for i, size in enumerate(sizes)})
         if len(sizes) < 2 or min(sizes) < 1:
             raise FlexureError(
                 f"expected at least an input and an output size, all positive, got {list(sizes)}; "

@@ -14,7 +14,7 @@ from warnings import warn
 
 from torch import Tensor, nn
 
-from flexure.addresses import existing_path, split_options
+from flexure.addresses import existing_path, first_line, split_options
 from flexure.calling import seeded
 from flexure.contracts import AddressError, FlexureError, LoadedModel
 from flexure.models.builder import RESIDUAL_FACTORS
@@ -57,12 +57,12 @@ def load_own(rest: str) -> LoadedModel:
     seed = _whole(options.get("seed", "0"), "seed")
     path = options.get("weights")
     file = None if path is None else existing_path(path, folder=False)
-    if file is None:
-        warn(f"flexure:{name} without ?weights=FILE has random weights", stacklevel=3)
-    elif "num_classes" in network.options:
+    if file is not None and "num_classes" in network.options:
         settings.update(_classes(file, network.head))
     model = _built(network, settings, seed, rest)
-    if file is not None:
+    if file is None:
+        warn(f"flexure:{name} without ?weights=FILE has random weights", stacklevel=3)
+    else:
         load_weights(model, file)
     return LoadedModel(model, network.preprocess(settings), rest, network.head)
 
@@ -96,11 +96,18 @@ def _built(network: Network, settings: Mapping[str, Any], seed: int, rest: str) 
             return network.build(**settings).eval()
     except FlexureError as error:
         raise AddressError(f"flexure:{rest}: {error}") from error
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        raise AddressError(
+            f"expected a network that fits into memory, got flexure:{rest}: {first_line(error)}; "
+            f"choose smaller numbers"
+        ) from error
 
 
 def _whole(text: str, what: str) -> int:
-    if not text.isdecimal():
-        raise AddressError(f"expected a whole number for {what}, got {text!r}; correct it")
+    if not text.isascii() or not text.isdecimal() or len(text) > _DIGITS or int(text) >= 2**64:
+        raise AddressError(
+            f"expected a whole number below 2^64 for {what}, got {text!r}; correct it"
+        )
     return int(text)
 
 
@@ -131,6 +138,7 @@ def _sized(settings: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
     return replace(CIFAR, size=(size, size))
 
 
+_DIGITS = len(str(2**64))
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "softplus": nn.Softplus}
 _IMAGES: _Options = {"num_classes": _whole, "lcnn": _flag, "width": _whole, "input_size": _whole}
 _RESIDUAL: _Options = {**_IMAGES, "residual": partial(_one_of, RESIDUAL_FACTORS)}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexure.contracts import FlexureError
-from flexure.models.builder import Builder, builder, check_network
+from flexure.models.builder import Builder, builder, check_network, check_whole
 
 __all__ = ["DEPTHS", "CifarResNet", "WideResNet", "resnet18", "resnet34"]
 
@@ -52,6 +52,7 @@ class CifarResNet(nn.Module):
             FlexureError: a depth that is not 6n + 2, or fewer than one class.
         """
         super().__init__()
+        check_whole(depth=depth, num_classes=num_classes)
         blocks, remainder = divmod(depth - 2, 6)
         if blocks < 1 or remainder or num_classes < 1:
             raise FlexureError(
@@ -126,10 +127,10 @@ def resnet18(
     lcnn: bool = False,
     width: int = 64,
     input_size: int = 32,
-    residual: str = "mean",
+    residual: str | None = None,
     activation: Callable[[], nn.Module] | None = None,
-    beta: float = 5.0,
-    gamma: float = 10.0,
+    beta: float | None = None,
+    gamma: float | None = None,
 ) -> WideResNet:
     """ResNet-18 for small images, plain or as a low-curvature network ([LCNN] section 5).
 
@@ -147,15 +148,16 @@ def resnet18(
         lcnn: whether to build the LCNN rather than its plain twin.
         width: channels of the first stage; 64 is ResNet-18's.
         input_size: height and width of the images, in pixels: a convolution's norm depends on it.
-        residual: the LCNN's residual sums: `"mean"`, (a + b)/2; `"sqrt2"`, (a + b)/sqrt(2); or
-            `"sum"`, a + b.
+        residual: the LCNN's residual sums: `"mean"` (the default), (a + b)/2; `"sqrt2"`,
+            (a + b)/sqrt(2); or `"sum"`, a + b.
         activation: makes one activation module, called once for each activation call; None: ReLU,
             or the LCNN's centered softplus.
-        beta: of the LCNN's centered softplus at the start (5 in the paper).
-        gamma: of the LCNN's BatchNorms at the start (10 in the paper).
+        beta: of the LCNN's centered softplus at the start; None: 5, as in the paper.
+        gamma: of the LCNN's BatchNorms at the start; None: 10, as in the paper.
 
     Raises:
-        FlexureError: a number below its least value, or an unknown `residual`.
+        FlexureError: a number below its least value, an unknown `residual`, or `residual`, `beta`
+            or `gamma` of a network that has no use for it.
     """
     build = builder(lcnn, activation, residual=residual, beta=beta, gamma=gamma)
     return WideResNet(build, (2, 2, 2, 2), num_classes=num_classes, width=width, size=input_size)
@@ -167,15 +169,15 @@ def resnet34(
     lcnn: bool = False,
     width: int = 64,
     input_size: int = 32,
-    residual: str = "mean",
+    residual: str | None = None,
     activation: Callable[[], nn.Module] | None = None,
-    beta: float = 5.0,
-    gamma: float = 10.0,
+    beta: float | None = None,
+    gamma: float | None = None,
 ) -> WideResNet:
     """ResNet-34 for small images, plain or as a low-curvature network; arguments as `resnet18`'s.
 
     Raises:
-        FlexureError: a number below its least value, or an unknown `residual`.
+        FlexureError: as of `resnet18`.
     """
     build = builder(lcnn, activation, residual=residual, beta=beta, gamma=gamma)
     return WideResNet(build, (3, 4, 6, 3), num_classes=num_classes, width=width, size=input_size)

@@ -67,8 +67,8 @@ def vgg11(
     width: int = 64,
     input_size: int = 32,
     activation: Callable[[], nn.Module] | None = None,
-    beta: float = 5.0,
-    gamma: float = 10.0,
+    beta: float | None = None,
+    gamma: float | None = None,
 ) -> VGG:
     """VGG-11 with BatchNorm for small images, plain or as a low-curvature network.
 
@@ -87,11 +87,12 @@ def vgg11(
         input_size: height and width of the images, in pixels, at least 32.
         activation: makes one activation module, called once for each activation call; None: ReLU,
             or the LCNN's centered softplus.
-        beta: of the LCNN's centered softplus at the start (5 in the paper).
-        gamma: of the LCNN's BatchNorms at the start (10 in the paper).
+        beta: of the LCNN's centered softplus at the start; None: 5, as in the paper.
+        gamma: of the LCNN's BatchNorms at the start; None: 10, as in the paper.
 
     Raises:
-        FlexureError: a number below its least value.
+        FlexureError: a number below its least value, or `beta` or `gamma` of a network that has
+            no use for it.
     """
     build = builder(lcnn, activation, beta=beta, gamma=gamma)
     return VGG(build, _VGG11, num_classes=num_classes, width=width, size=input_size)
