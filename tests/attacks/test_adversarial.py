@@ -88,6 +88,35 @@ def test_another_attack_leaves_no_gradients_and_stays_in_the_ball() -> None:
     assert float((found - x).abs().max()) <= 0.1 * (1 + 1e-6)
 
 
+@dataclass(frozen=True)
+class Endless:
+    norm: str = "l2"
+
+    def run(self, model, x, y, *, eps, generator) -> Tensor:
+        return x / 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_half_precision_keeps_to_the_ball(norm: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(20, 3).to(dtype)
+    x, y = torch.rand(6, 20).to(dtype), torch.arange(6) % 3
+    for eps in (8 / 255, 0.5):
+        perturb = Adversarial(PGD(norm, steps=3, keep="last"), eps=eps, bounds=(0, 0.999))
+        change = (perturb(step_of(model, x.clamp(max=0.9), y)) - x.clamp(max=0.9)).double()
+        size = change.norm(dim=1) if norm == "l2" else change.abs().amax(1)
+        assert float(size.max()) <= eps * (1 + 1e-3)
+        assert float(size.min()) > 0.5 * eps
+
+
+def test_dropout_masks_of_a_step_do_not_depend_on_its_attack() -> None:
+    (x, y), model = scenarios.data(), nn.Sequential(nn.Dropout(0.5), scenarios.network()).train()
+    for attack in (PGD(steps=3, keep="last"), PGD(steps=5)):
+        with untouched(model, x, y):
+            Adversarial(attack)(step_of(model, x, y))
+
+
 def test_batch_statistics_are_those_of_the_attacked_batch() -> None:
     """In the step's mode: a network in train mode is attacked with the batch's own statistics."""
     torch.manual_seed(0)
@@ -194,5 +223,13 @@ def test_what_does_not_fit() -> None:
         Adversarial()(step_of(model, torch.zeros(3, 4).long(), y[:3]))
     with pytest.raises(FlexureError, match="floating-point tensor, got dict"):
         Adversarial()(step_of(model, {"x": x}, y))
+    for settings in ({"attack": "pgd"}, {"attack": None}, {"attack": PGD}):
+        with pytest.raises(FlexureError, match="an object with norm and run"):
+            Adversarial(**settings)
+    for bounds in ((1, 0), "ab", 3):
+        with pytest.raises(FlexureError, match="lowest and a higher number"):
+            Adversarial(bounds=bounds)
+    with pytest.raises(FlexureError, match="to return finite inputs"):
+        Adversarial(Endless())(step_of(model, x, y))
     assert torch.equal(Adversarial(eps=0.0)(step_of(model, x, y)), x)
     assert replace(Adversarial(), eps=0.2) == Adversarial(eps=0.2)

@@ -115,9 +115,11 @@ def test_bounds_and_jets_follow_the_chain_rule() -> None:
 
 
 def test_limits() -> None:
-    assert limits_of(nn.Identity()) == (-math.inf, math.inf)
-    assert limits_of(Bounded(nn.Identity(), bounds=None)) == (-math.inf, math.inf)
-    assert limits_of(Bounded(nn.Identity(), bounds=(0, math.inf))) == (0.0, math.inf)
+    def of(bounds) -> tuple[float, float]:
+        return limits_of(Bounded(nn.Identity(), bounds=bounds), torch.float64)
+
+    assert limits_of(nn.Identity(), torch.float64) == of(None) == (-math.inf, math.inf)
+    assert of((0, math.inf)) == (0.0, math.inf)
     check_within(torch.tensor([[0.0, 1.0]]), (0.0, 1.0))
     for bad in (1.0000001, -1e-9, math.nan):
         with pytest.raises(FlexureError, match="within the bounds"):
@@ -127,7 +129,17 @@ def test_limits() -> None:
     model = nn.Identity()
     model.bounds = "wide"
     with pytest.raises(FlexureError, match="lowest and a higher number"):
-        limits_of(model)
+        limits_of(model, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("high", [0.1, 0.3, 0.7, 0.9])
+def test_inputs_on_bounds_that_no_dtype_holds_are_within(dtype: torch.dtype, high: float) -> None:
+    limits = limits_of(Bounded(nn.Identity(), bounds=(-high, high)), dtype)
+    on = torch.tensor([[-high, high]], dtype=dtype)
+    check_within(on, limits)
+    with pytest.raises(FlexureError, match="within the bounds"):
+        check_within(torch.nextafter(on, 2 * on), limits)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +149,9 @@ def test_limits() -> None:
         ({"mean": (0.5,), "std": (1.0, 1.0)}, "or neither"),
         ({"mean": (0.5,), "std": (0.0,)}, "above 0"),
         ({"mean": (math.nan,), "std": (1.0,)}, "finite means"),
+        ({"mean": "ab", "std": "cd"}, "sequences of numbers"),
+        ({"mean": 0.5, "std": "cd"}, "sequences of numbers"),
+        ({"bounds": "01"}, "lowest and a higher"),
         ({"bounds": (1, 0)}, "lowest and a higher"),
         ({"bounds": (0, 1, 2)}, "lowest and a higher"),
         ({"bounds": (0, math.nan)}, "lowest and a higher"),

@@ -167,6 +167,179 @@ def test_nothing_is_changed(training: bool) -> None:
         robust_accuracy(model, x, y, attack=cheat, eps=0.1, seed=0)
 
 
+def weights_zeroed(model: Bounded) -> None:
+    for parameter in model.parameters():
+        parameter.data.zero_()
+
+
+def weights_replaced(model: Bounded) -> None:
+    model.model[0].weight = nn.Parameter(-model.model[0].weight)
+
+
+def weights_resized(model: Bounded) -> None:
+    model.model[0].weight.data = torch.zeros(32, 1)
+
+
+def forward_replaced(model: Bounded) -> None:
+    model.forward = lambda x: torch.eye(3)[torch.zeros(len(x)).long()]
+
+
+def class_replaced(model: Bounded) -> None:
+    model.__class__ = nn.Identity
+
+
+def forward_of_class_replaced(model: Bounded) -> None:
+    type(model).forward = lambda self, x: torch.eye(3)[torch.zeros(len(x)).long()]
+
+
+def inherited_forward_replaced(model: Bounded) -> None:
+    nn.Linear.forward = lambda self, x: torch.zeros(len(x), self.out_features)
+
+
+def submodule_replaced(model: Bounded) -> None:
+    model.model[3] = nn.Linear(32, 3)
+
+
+def hook_left(model: Bounded) -> None:
+    model.register_forward_hook(lambda module, args, output: -output)
+
+
+def inner_hook_left(model: Bounded) -> None:
+    model.model[3].register_forward_pre_hook(lambda module, args: (-args[0],))
+
+
+def hook_of_all_left(model: Bounded) -> None:
+    nn.modules.module.register_module_forward_hook(lambda module, args, output: -output)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        weights_zeroed,
+        weights_replaced,
+        weights_resized,
+        forward_replaced,
+        class_replaced,
+        forward_of_class_replaced,
+        inherited_forward_replaced,
+        submodule_replaced,
+        hook_left,
+        inner_hook_left,
+        hook_of_all_left,
+    ],
+)
+def test_attacks_that_change_the_model_are_refused_and_undone(change) -> None:
+    x, y = samples()
+    model = Bounded(network())
+    before = model(x)
+
+    @dataclass(frozen=True)
+    class Changing:
+        norm: str = "linf"
+
+        def run(self, model, x, y, *, eps, generator):
+            change(model)
+            return x
+
+    forwards = [kind.forward for kind in (Bounded, nn.Linear)]
+    with untouched(model, x, y), pytest.raises(FlexureError, match="Changing to leave the model"):
+        robust_accuracy(model, x, y, attack=Changing(), eps=0.1, seed=0)
+    assert [kind.forward for kind in (Bounded, nn.Linear)] == forwards
+    assert torch.equal(model(x), before)
+
+
+def test_what_a_call_may_write_is_put_back_before_scores() -> None:
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(10, 3)
+            self.sign, self.signs, self.held = 1.0, [1.0], torch.ones(())
+            self.register_buffer("factor", torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            sign = self.sign * self.signs[0] * self.held * self.factor
+            return super().forward(x) * sign
+
+    @dataclass(frozen=True)
+    class Disturbing:
+        norm: str = "linf"
+
+        def run(self, model, x, y, *, eps, generator):
+            model.sign, model.signs[0] = -model.sign, -model.signs[0]
+            model.signs.append(2.0)
+            model.held.mul_(-3.0)
+            model.factor.fill_(-5.0)
+            model.bounds = (-9.0, 9.0)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.rand(8, 10)
+    y = model(x).argmax(1)
+    found = robust_accuracy(model, x, y, attack=Disturbing(), eps=0.1, seed=0)
+    assert found.accuracy == 1.0
+    assert model.signs == [1.0]
+    assert float(model.held) == float(model.factor) == model.sign == 1.0
+
+
+def test_embeddings_that_rewrite_their_weights_are_no_attack() -> None:
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.last = nn.Embedding(3, 4, max_norm=0.1), nn.Linear(10, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x) + self.table(torch.zeros(len(x)).long())
+
+    torch.manual_seed(0)
+    model, x = Embedded(), torch.rand(8, 10)
+    y = torch.zeros(8).long()
+    with untouched(model, x, y):
+        robust_accuracy(model, x, y, norm="l2", eps=0.1, seed=0)
+
+
+def test_the_norm_is_that_of_the_beginning() -> None:
+    class Flipping:
+        def __init__(self) -> None:
+            self.asked = 0
+
+        @property
+        def norm(self) -> str:
+            self.asked += 1
+            return "l2" if self.asked < 5 else "linf"
+
+        def run(self, model, x, y, *, eps, generator):
+            self.asked = 99
+            return x + eps
+
+    x, y = samples()
+    found = robust_accuracy(Bounded(network()), x, y, attack=Flipping(), eps=0.1, seed=0)
+    assert found.norm == "l2"
+    assert float((found.x_adv - x).norm(dim=1).max()) <= 0.1 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("high", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize("eps", [0.0, 0.05])
+def test_inputs_on_bounds_that_float32_cannot_hold(high: float, eps: float) -> None:
+    x, y = samples()
+    x = x.clamp(max=high)
+    found = robust_accuracy(
+        Bounded(network(), bounds=(0, high)), x, y, norm="linf", eps=eps, seed=0
+    )
+    assert float(found.x_adv.max()) <= float(x.max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_half_precision(norm: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Bounded(nn.Linear(10, 3).to(dtype))
+    x = torch.rand(30, 10).to(dtype)
+    y = model(x).argmax(1)
+    for eps in (1 / 255, 8 / 255, 0.5):
+        found = robust_accuracy(model, x, y, norm=norm, eps=eps, seed=0)
+        assert float(found.distance.max()) <= eps * (1 + 1e-6)
+    assert found.accuracy < 1.0
+
+
 def test_batches_seeds_and_repetitions() -> None:
     x, y = samples(50)
     model = Bounded(network()).double()
@@ -253,7 +426,20 @@ def test_logits_that_are_not_finite() -> None:
         ({"norm": None}, "one norm, got none"),
         ({"attack": PGD("l2")}, "one norm, got 'l2', 'linf'"),
         ({"norm": "l1"}, "one of l2, linf"),
+        ({"norm": ["l2"]}, "one of l2, linf"),
+        ({"attack": []}, "at least one attack"),
+        ({"attack": object()}, "an object with norm and run"),
+        ({"attack": PGD}, "an object with norm and run"),
+        ({"attack": None}, "an object with norm and run"),
+        ({"seed": 1.5}, "seed to be an integer"),
+        ({"seed": "a"}, "seed to be an integer"),
+        ({"seed": 2**70}, "seed to be an integer"),
+        ({"y": [0, 1, 2]}, "3 integer labels, a tensor, got list"),
+        ({"x": torch.rand(3, 10).double()}, "takes inputs .* of torch.float64"),
+        ({"x": torch.rand(3, 9)}, "takes inputs"),
         ({"eps": -1}, "finite radius"),
+        ({"eps": "1"}, "finite radius"),
+        ({"eps": None}, "finite radius"),
         ({"batch_size": 0}, "batch_size of at least 1"),
         ({"x": torch.rand(3, 10) + 0.5}, "within the bounds"),
         ({"x": torch.rand(3, 10) * torch.nan}, "within the bounds"),

@@ -19,6 +19,21 @@ FREE = (-math.inf, math.inf)
 
 
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("eps", [1e-3, 8 / 255, 0.5])
+def test_half_precision_keeps_to_the_ball(norm: str, dtype: torch.dtype, eps: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(50, 30, generator=generator).to(dtype)
+    for spread in (1e-3, 0.1, 1e4):
+        changed = (x.float() + spread * torch.randn(50, 30, generator=generator)).to(dtype)
+        found = project(changed, x, norm=norm, eps=eps, limits=UNIT)
+        assert found.dtype == dtype
+        size = norm_named(norm).size(found.double() - x.double())
+        assert float(size.max()) <= eps * (1 + 1e-6)
+        assert bool(((found >= 0) & (found <= 1)).all())
+
+
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("limits", [UNIT, FREE, (0.0, math.inf)])
 @pytest.mark.parametrize("spread", [0.01, 0.3, 3.0, 10.0])
 def test_projection_is_that_of_the_slow_reference(norm: str, limits, spread: float) -> None:

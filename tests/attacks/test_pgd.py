@@ -206,7 +206,11 @@ def test_inputs_parameters_and_results_are_apart() -> None:
         ({"norm": "l1"}, "one of l2, linf"),
         ({"steps": 0}, "steps of at least 1"),
         ({"restarts": 1.5}, "restarts of at least 1"),
+        ({"norm": ["l2"]}, "one of l2, linf"),
         ({"step_size": 0.0}, "step_size above 0"),
+        ({"step_size": "a"}, "step_size above 0"),
+        ({"random_start": "no"}, "True or False"),
+        ({"until_misclassified": 1}, "True or False"),
         ({"keep": "first"}, "'best' or 'last'"),
         ({"keep": "last", "restarts": 2}, "one restart"),
     ],
@@ -214,6 +218,61 @@ def test_inputs_parameters_and_results_are_apart() -> None:
 def test_settings_that_do_not_fit(settings, message: str) -> None:
     with pytest.raises(FlexureError, match=message):
         PGD(**settings)
+
+
+@pytest.mark.parametrize("eps", ["1", None, 1e300, 10**400, True])
+def test_radii_that_do_not_fit(eps) -> None:
+    with pytest.raises(FlexureError, match="finite radius"):
+        PGD().run(nn.Linear(3, 2), torch.rand(1, 3), torch.tensor([1]), eps=eps, generator=seeded())
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_the_largest_radius(norm: str) -> None:
+    x, y = torch.rand(4, 3), torch.zeros(4).long()
+    for steps in (1, 3):
+        attack = PGD(norm, steps=steps)
+        found = attack.run(Bounded(nn.Linear(3, 2)), x, y, eps=1e19, generator=seeded())
+        assert bool(((found >= 0) & (found <= 1)).all())
+
+
+class Constant(nn.Linear):
+    """Its logits do not depend on its input in autograd's eyes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
+
+
+class Ungraded(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Constant, Ungraded])
+def test_models_without_a_gradient_in_their_input(kind: type[nn.Linear]) -> None:
+    with pytest.raises(FlexureError, match="differentiated in its input"):
+        PGD().run(kind(3, 2), torch.rand(1, 3), torch.tensor([1]), eps=1, generator=seeded())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_half_precision_goes_as_far_as_single(norm: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(40, 2)
+    x, y = torch.rand(6, 40).to(dtype), torch.arange(6) % 2
+    eps = 8 / 255
+    attack = PGD(norm, steps=40, random_start=False)
+    half = Bounded(nn.Linear(40, 2).to(dtype))
+    half.model.load_state_dict({key: v.to(dtype) for key, v in model.state_dict().items()})
+    ends = [
+        attack.run(m, x.to(d), y, eps=eps, generator=seeded())
+        for m, d in ((half, dtype), (Bounded(model), torch.float32))
+    ]
+    assert ends[0].dtype == dtype
+    assert float(norm_named(norm).size(ends[0].double() - x.double()).max()) <= eps * (1 + 1e-6)
+    w = (model.weight[1] - model.weight[0]).double().detach()
+    gains = [((end.double() - x.double()) @ w) * (1 - 2 * y) for end in ends]
+    assert bool((gains[0] > 0.7 * gains[1]).all())
 
 
 def test_labels_out_of_range() -> None:

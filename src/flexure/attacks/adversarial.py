@@ -5,18 +5,20 @@ The attack itself is `pgd`'s or another's; the training loop is `flexure.fit`.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from flexure.attacks.bounded import Bounded, check_within, limits_of
+from flexure.attacks.bounded import Bounded, check_bounds, check_within, limits_of
+from flexure.attacks.checks import check_attack, checked
 from flexure.attacks.draws import SampleGenerators
-from flexure.attacks.norms import check_eps, norm_named, project
+from flexure.attacks.norms import check_eps
 from flexure.attacks.pgd import PGD
 from flexure.calling import unwritten
 from flexure.contracts import Attack, FlexureError, Step
-from flexure.measuring import constant_parameters
+from flexure.measuring import constant_parameters, unchanged_randomness
 
 __all__ = ["Adversarial"]
 
@@ -28,7 +30,8 @@ class Adversarial:
     Training then minimises the loss at max_{‖x' − x‖ <= eps} cross-entropy(x') (Madry et al. 2018),
     the maximum as far as the attack finds it. The model is attacked as it is trained: in its mode,
     at its current weights; what its calls write into it (the statistics of BatchNorm) is put back,
-    and no parameter gets a gradient. Draws depend on the step's seed and number and on each
+    and no parameter gets a gradient. The step's own dropout masks are those that it would have
+    drawn without an attack. Draws depend on the step's seed and number and on each
     sample's position, not on the processes.
 
     Attributes:
@@ -40,7 +43,7 @@ class Adversarial:
 
     Raises:
         FlexureError: a setting that does not fit; when called, inputs that are no floating-point
-            tensor within the bounds.
+            tensor within the bounds, or an attack that returns no finite inputs.
     """
 
     attack: Attack = field(default_factory=lambda: PGD(norm="l2", steps=3, keep="last"))
@@ -49,7 +52,8 @@ class Adversarial:
 
     def __post_init__(self) -> None:
         check_eps(self.eps)
-        norm_named(self.attack.norm)
+        check_attack(self.attack)
+        check_bounds(self.bounds)
 
     def __call__(self, step: Step) -> Tensor:
         """(B, *shape) within eps of `step.x` and the bounds, without a graph."""
@@ -62,13 +66,16 @@ class Adversarial:
         model = step.model
         if self.bounds is not None:
             model = Bounded(model, bounds=self.bounds)
-        limits = limits_of(model)
+        limits = limits_of(model, x.dtype)
         check_within(x, limits)
         if self.eps == 0:
             return x.detach()
         generator = SampleGenerators((step.seed, step.index), step.positions)
-        with unwritten(step.model), constant_parameters(step.model), torch.enable_grad():
-            changed = self.attack.run(
-                model, x.detach(), step.y, eps=self.eps, generator=generator
-            ).detach()
-        return project(changed, x.detach(), norm=self.attack.norm, eps=self.eps, limits=limits)
+        with ExitStack() as stack:
+            stack.enter_context(unchanged_randomness(x.device))
+            stack.enter_context(unwritten(step.model))
+            stack.enter_context(constant_parameters(step.model))
+            stack.enter_context(torch.enable_grad())
+            found = self.attack.run(model, x.detach(), step.y, eps=self.eps, generator=generator)
+        name, norm = type(self.attack).__name__, self.attack.norm
+        return checked(found, name, x.detach(), norm=norm, eps=self.eps, limits=limits)

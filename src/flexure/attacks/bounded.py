@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flexure.contracts import FlexureError
 
-__all__ = ["Bounded", "check_within", "limits_of"]
+__all__ = ["Bounded", "check_bounds", "check_within", "limits_of"]
 
 
 class Bounded(nn.Module):
@@ -60,7 +60,7 @@ class Bounded(nn.Module):
         bounds: tuple[float, float] | None = (0.0, 1.0),
     ) -> None:
         super().__init__()
-        self.bounds = _checked_bounds(bounds)
+        self.bounds = check_bounds(bounds)
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         values = [None if v is None else _channels(v, like) for v in (mean, std)]
         _check_statistics(*values)
@@ -95,16 +95,42 @@ class Bounded(nn.Module):
         return ", ".join([f"bounds={self.bounds}", *rest])
 
 
-def limits_of(model: nn.Module) -> tuple[float, float]:
+def limits_of(model: nn.Module, dtype: torch.dtype) -> tuple[float, float]:
     """The lowest and the highest value of a model's inputs, by its attribute `bounds`.
 
-    Infinite where it has none.
+    Infinite where it has none. Rounded to what inputs can hold: 0.1 is no float32, and an input
+    that lies on the bound has the nearest one.
+
+    Args:
+        model: with an attribute `bounds`, or without.
+        dtype: of the inputs.
 
     Raises:
         FlexureError: the attribute is something else.
     """
-    bounds = _checked_bounds(getattr(model, "bounds", None))
-    return (-math.inf, math.inf) if bounds is None else bounds
+    bounds = check_bounds(getattr(model, "bounds", None))
+    low, high = (-math.inf, math.inf) if bounds is None else bounds
+    return float(torch.tensor(low, dtype=dtype)), float(torch.tensor(high, dtype=dtype))
+
+
+def check_bounds(bounds: Any) -> tuple[float, float] | None:
+    """The lowest and the highest value of inputs, or None for no bounds.
+
+    Raises:
+        FlexureError: they are something else.
+    """
+    if bounds is None:
+        return None
+    try:
+        low, high = (math.nan, math.nan) if isinstance(bounds, str) else map(float, bounds)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not low < high:
+        raise FlexureError(
+            f"expected bounds to be a lowest and a higher number, or None, got {bounds!r}; give "
+            f"(0, 1) for pixels"
+        )
+    return low, high
 
 
 def check_within(x: Tensor, limits: tuple[float, float]) -> None:
@@ -121,25 +147,16 @@ def check_within(x: Tensor, limits: tuple[float, float]) -> None:
         )
 
 
-def _checked_bounds(bounds: Any) -> tuple[float, float] | None:
-    if bounds is None:
-        return None
-    try:
-        low, high = map(float, bounds)
-    except (TypeError, ValueError):
-        low = high = math.nan
-    if not low < high:
-        raise FlexureError(
-            f"expected bounds to be a lowest and a higher number, or None, got {bounds!r}; give "
-            f"(0, 1) for pixels"
-        )
-    return low, high
-
-
 def _channels(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
     if isinstance(values, Tensor):
         return values.detach().to(like.device, like.dtype, copy=True)
-    return torch.tensor(values, dtype=like.dtype, device=like.device)
+    try:
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FlexureError(
+            f"expected mean and std to be sequences of numbers, got {values!r} ({error}); give one "
+            f"number a channel"
+        ) from error
 
 
 def _check_statistics(mean: Tensor | None, std: Tensor | None) -> None:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from flexure.attacks.bounded import check_within, limits_of
+from flexure.attacks.checks import check_attack, check_seed, checked
 from flexure.attacks.draws import SampleGenerators
-from flexure.attacks.norms import check_eps, norm_named, project
+from flexure.attacks.intact import intact
+from flexure.attacks.norms import check_eps, norm_named
 from flexure.attacks.pgd import PGD
 from flexure.calling import check_logits, evaluating, logits_of
 from flexure.contracts import Attack, FlexureError
@@ -28,9 +30,6 @@ ATTACKS: Mapping[str, Callable[[str], Attack]] = {
     "pgd": lambda norm: PGD(norm=norm, until_misclassified=True),
 }
 """Name -> the attack of that name in a norm, with the settings of its paper."""
-
-_TOLERANCE = 1e-4
-"""Relative excess over the radius that is forgiven: float32 cannot hold the sum x + change."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,8 @@ def robust_accuracy(
     several attacks each gets only the samples that withstood those before. Whatever an attack
     returns is projected on the ball and the bounds, checked, and scored again on the model in eval
     mode: a sample is robust if no version that was found is misclassified. Logits that are not
-    finite count as misclassified there. The result bounds the true robust accuracy from above.
+    finite count as misclassified there. The result bounds the true robust accuracy from above. An
+    attack that changes the model is refused, and nothing that it left there is scored.
 
     The model is left as it was, as are the global random generators. What it draws from those
     itself starts at `seed`; an attack draws for each sample apart (`draws.SampleGenerators`), so
@@ -107,7 +107,8 @@ def robust_accuracy(
 
     Raises:
         FlexureError: inputs, labels, outputs or settings that do not fit, inputs outside the
-            bounds, or an attack that returns something else than finite inputs of the same shape.
+            bounds, an attack that returns something else than finite inputs of the same shape or
+            that changes the model, or a model that has no gradient in its input.
 
     Example:
         >>> import torch
@@ -119,28 +120,37 @@ def robust_accuracy(
         >>> found.clean_accuracy, found.accuracy
         (1.0, 0.0)
     """
-    eps = check_eps(eps)
-    attacks = _chosen(attack, norm)
-    limits = limits_of(bounded)
+    eps, seed = check_eps(eps), check_seed(seed)
+    norm, attacks = _chosen(attack, norm)
     _check_inputs(x, y, batch_size)
+    limits = limits_of(bounded, x.dtype)
     check_within(x, limits)
     x, y = x.detach(), y.detach().to(x.device).long()
     size = len(x) if batch_size is None else batch_size
     with measuring(bounded), _kept_gradients(bounded):
+        harness = _Harness(bounded, attacks, norm, eps, limits, seed)
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.manual_seed_all(seed)
         parts = [
-            _attacked(bounded, x[rows], y[rows], rows, attacks, eps, limits, seed)
+            harness.attacked(x[rows], y[rows], rows)
             for rows in torch.split(torch.arange(len(x)), size)
         ]
     return Robustness.joined(parts)
 
 
-def _chosen(attack: str | Attack | Sequence[str | Attack], norm: str | None) -> list[Attack]:
-    """The attacks, all of one norm."""
+def _chosen(
+    attack: str | Attack | Sequence[str | Attack], norm: str | None
+) -> tuple[str, list[Attack]]:
+    """The attacks, and their norm."""
     given = [attack] if isinstance(attack, str) or not isinstance(attack, Sequence) else attack
-    norms = {each.norm for each in given if not isinstance(each, str)} | ({norm} - {None})
+    if not given:
+        raise FlexureError(f"expected at least one attack, got {attack!r}; give 'pgd', for example")
+    found = [each if isinstance(each, str) else check_attack(each) for each in given]
+    norms = {each.norm for each in found if not isinstance(each, str)}
+    if norm is not None:
+        norm_named(norm)
+        norms.add(norm)
     if len(norms) != 1:
         got = ", ".join(sorted(map(repr, norms))) or "none"
         raise FlexureError(
@@ -148,8 +158,7 @@ def _chosen(attack: str | Attack | Sequence[str | Attack], norm: str | None) -> 
             f"are objects"
         )
     (name,) = norms
-    norm_named(str(name))
-    return [_named(each, str(name)) if isinstance(each, str) else each for each in given]
+    return name, [_named(each, name) if isinstance(each, str) else each for each in found]
 
 
 def _named(name: str, norm: str) -> Attack:
@@ -168,74 +177,75 @@ def _check_inputs(x: Tensor, y: Tensor, batch_size: int | None) -> None:
             f"expected inputs (B, *shape), a floating-point tensor, got {got}; scale images to the "
             f"model's bounds"
         )
-    if y.shape != x.shape[:1] or y.is_floating_point() or y.is_complex():
+    labels = isinstance(y, Tensor) and not y.is_floating_point() and not y.is_complex()
+    if not labels or y.shape != x.shape[:1]:
+        got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise FlexureError(
-            f"expected {len(x)} integer labels, got {y.dtype} of shape {tuple(y.shape)}; give one "
-            f"a sample"
+            f"expected {len(x)} integer labels, a tensor, got {got}; give one a sample"
         )
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise FlexureError(f"expected batch_size of at least 1, got {batch_size!r}; None: all")
 
 
-def _attacked(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    numbers: Tensor,
-    attacks: Sequence[Attack],
-    eps: float,
-    limits: tuple[float, float],
-    seed: int,
-) -> Robustness:
-    """The result of one batch; `numbers` are the samples' places in all data."""
-    clean = _right(model, x, y, "the given inputs")
-    robust, x_adv = clean.clone(), x.clone()
-    for order, attack in enumerate(attacks if eps > 0 else ()):
-        rows = robust.nonzero().flatten()
-        if not len(rows):
-            break
-        generator = SampleGenerators((seed, order), numbers[rows.to(numbers.device)])
-        found = attack.run(model, x[rows], y[rows].clone(), eps=eps, generator=generator)
-        found = _checked(found, attack, x[rows], eps, limits)
-        x_adv[rows], robust[rows] = found, _right(model, found, y[rows], None)
-    norm = attacks[0].norm
-    distance = norm_named(norm).size(x_adv.double() - x.double())
-    return Robustness(torch.ones_like(clean), clean, robust, x_adv, distance, norm, eps)
+@dataclass(frozen=True)
+class _Harness:
+    """What stays the same from batch to batch."""
+
+    model: nn.Module
+    attacks: Sequence[Attack]
+    norm: str
+    eps: float
+    limits: tuple[float, float]
+    seed: int
+
+    def attacked(self, x: Tensor, y: Tensor, numbers: Tensor) -> Robustness:
+        """The result of one batch; `numbers` are the samples' places in all data."""
+        clean = self.clean(x, y)
+        robust, x_adv = clean.clone(), x.clone()
+        for order in range(len(self.attacks) if self.eps > 0 else 0):
+            rows = robust.nonzero().flatten()
+            if not len(rows):
+                break
+            found = self.found(order, x[rows], y[rows], numbers[rows.to(numbers.device)])
+            x_adv[rows], (robust[rows], _) = found, _right(self.model, found, y[rows])
+        distance = norm_named(self.norm).size(x_adv.double() - x.double())
+        ones = torch.ones_like(clean)
+        return Robustness(ones, clean, robust, x_adv, distance, self.norm, self.eps)
+
+    def clean(self, x: Tensor, y: Tensor) -> Tensor:
+        """(B,) whether predictions at the given inputs are right, once the model takes them."""
+        try:
+            right, known = _right(self.model, x, y)
+        except FlexureError:
+            raise
+        except Exception as error:
+            raise FlexureError(
+                f"expected a model that takes inputs {tuple(x.shape)} of {x.dtype}, got an error "
+                f"({error}); give inputs of the model's shape and dtype"
+            ) from error
+        if not bool(known.all()):
+            raise FlexureError(
+                f"expected finite logits at the given inputs, got others at sample "
+                f"{int((~known).nonzero()[0])} of a batch; mend the model or the inputs"
+            )
+        return right
+
+    def found(self, order: int, x: Tensor, y: Tensor, numbers: Tensor) -> Tensor:
+        """What one attack finds, checked; the model is as before."""
+        attack = self.attacks[order]
+        name = type(attack).__name__
+        generator = SampleGenerators((self.seed, order), numbers)
+        with intact(self.model, name):
+            made = attack.run(self.model, x.clone(), y.clone(), eps=self.eps, generator=generator)
+        return checked(made, name, x, norm=self.norm, eps=self.eps, limits=self.limits)
 
 
-def _right(model: nn.Module, x: Tensor, y: Tensor, finite: str | None) -> Tensor:
-    """(B,) whether predictions are labels; logits must be finite where `finite` says of what."""
+def _right(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) whether predictions are labels, and whether logits are finite."""
     with evaluating(model), torch.no_grad():
         logits = check_logits(logits_of(model(x.clone())), y)
     known = logits.isfinite().all(1)
-    if finite is not None and not bool(known.all()):
-        raise FlexureError(
-            f"expected finite logits at {finite}, got others at sample {int((~known).nonzero()[0])}"
-            f" of a batch; mend the model or the inputs"
-        )
-    return known & (logits.argmax(1) == y)
-
-
-def _checked(
-    found: Tensor, attack: Attack, x: Tensor, eps: float, limits: tuple[float, float]
-) -> Tensor:
-    """What an attack returned, within the ball and the bounds."""
-    name = type(attack).__name__
-    if not isinstance(found, Tensor) or found.shape != x.shape:
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise FlexureError(f"expected {name} to return inputs {tuple(x.shape)}, got {got}; mend it")
-    found = found.detach().to(x)
-    if not bool(found.isfinite().all()):
-        raise FlexureError(f"expected {name} to return finite inputs, got nan or infinity; mend it")
-    found = project(found, x, norm=attack.norm, eps=eps, limits=limits)
-    farthest = float(norm_named(attack.norm).size(found.double() - x.double()).max())
-    within = bool(((found >= limits[0]) & (found <= limits[1])).all())
-    if farthest > eps * (1 + _TOLERANCE) or not within:
-        raise FlexureError(
-            f"expected projected inputs within {eps} and within {limits}, got a distance of "
-            f"{farthest}; use float64 or a larger eps"
-        )
-    return found
+    return known & (logits.argmax(1) == y), known
 
 
 @contextmanager

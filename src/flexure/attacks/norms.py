@@ -5,8 +5,11 @@ A new norm is a row of `NORMS`. Nothing here calls a model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +17,14 @@ from torch import Tensor
 from flexure.batched import norms, scaled
 from flexure.contracts import FlexureError
 
-__all__ = ["NORMS", "Norm", "check_eps", "norm_named", "project"]
+__all__ = ["NORMS", "Norm", "check_eps", "norm_named", "precise", "project"]
 
 _ROUNDS = 100
 """Rounds of the l2 projection at most. Each adds coordinates to those that have met a bound; the
 number of coordinates bounds the rounds, and a handful is usual."""
+
+_LARGEST = math.sqrt(torch.finfo(torch.float32).max)
+"""Of a radius, so that its square is finite."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +53,29 @@ def norm_named(name: str) -> Norm:
     Raises:
         FlexureError: there is no such row.
     """
-    if name not in NORMS:
+    if not isinstance(name, str) or name not in NORMS:
         raise FlexureError(f"expected norm to be one of {', '.join(NORMS)}, got {name!r}")
     return NORMS[name]
 
 
-def check_eps(eps: float) -> float:
+def check_eps(eps: Any) -> float:
     """The radius, once it is one.
 
     Raises:
-        FlexureError: it is negative or not finite.
+        FlexureError: it is no number, negative, or its square is beyond float32.
     """
-    if isinstance(eps, bool | Tensor) or not 0 <= eps < torch.inf:
+    number = isinstance(eps, Real) and not isinstance(eps, bool)
+    if not number or not 0 <= eps <= _LARGEST:
         raise FlexureError(
-            f"expected eps to be a finite radius, at least 0, in units of the input, got {eps!r}"
+            f"expected eps to be a finite radius, from 0 to {_LARGEST:.2g}, in units of the input, "
+            f"got {eps!r}; give a number such as 8 / 255"
         )
     return float(eps)
+
+
+def precise(x: Tensor) -> Tensor:
+    """The inputs in float32 where they are half precision: steps would vanish in rounding there."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def project(
@@ -75,14 +88,19 @@ def project(
         x: (B, *shape), within the limits.
         norm: a row of `NORMS`.
         eps: the radius of the ball.
-        limits: the lowest and the highest value.
+        limits: the lowest and the highest value, which the dtype of x can hold.
+
+    Returns:
+        (B, *shape) of the dtype of x.
     """
     low, high = limits
-    change = norm_named(norm).shrink(changed - x, low - x, high - x, eps)
-    moved = (x + change).clamp(low, high)
+    origin = precise(x)
+    change = norm_named(norm).shrink(changed.to(origin) - origin, low - origin, high - origin, eps)
+    moved = (origin + change).clamp(low, high).to(x.dtype)
     # Adding rounds to a number near x, which may be farther from x than the change by more than a
     # small radius forgives; the next number towards x is not.
-    return torch.where((moved - x).abs() > change.abs(), torch.nextafter(moved, x), moved)
+    farther = (moved.to(origin) - origin).abs() > change.abs()
+    return torch.where(farther, torch.nextafter(moved, x), moved)
 
 
 def _length(a: Tensor) -> Tensor:

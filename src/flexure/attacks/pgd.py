@@ -6,13 +6,15 @@ What is made of its results, and whether they are right, is `evaluate`'s busines
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from flexure.attacks.bounded import limits_of
 from flexure.attacks.draws import normal, uniform
-from flexure.attacks.norms import check_eps, norm_named, project
+from flexure.attacks.norms import check_eps, norm_named, precise, project
 from flexure.calling import check_logits, logits_of, margin
 from flexure.contracts import FlexureError
 
@@ -33,6 +35,9 @@ class PGD:
     A sample's result is, of all points visited, a misclassified one of largest cross-entropy, or
     without such one the one of largest cross-entropy. Samples that are misclassified take part in
     no further restart.
+
+    In l2 the path of constant steps ends a little below the best point, even of a linear model, and
+    more so where bounds are met: a smaller step, or restarts, come closer.
 
     Attributes:
         norm: "l2" or "linf".
@@ -64,7 +69,12 @@ class PGD:
         for name, value in (("steps", self.steps), ("restarts", self.restarts)):
             if type(value) is not int or value < 1:
                 raise FlexureError(f"expected {name} of at least 1, an integer, got {value!r}")
-        if self.step_size is not None and not 0 < self.step_size < torch.inf:
+        if type(self.random_start) is not bool or type(self.until_misclassified) is not bool:
+            raise FlexureError(
+                f"expected random_start and until_misclassified to be True or False, got "
+                f"{self.random_start!r} and {self.until_misclassified!r}"
+            )
+        if self.step_size is not None and not _above_zero(self.step_size):
             raise FlexureError(
                 f"expected step_size above 0, as a share of eps, got {self.step_size!r}; None: "
                 f"2.5 / steps"
@@ -97,12 +107,14 @@ class PGD:
             (B, *shape) within eps of x and within the bounds.
 
         Raises:
-            FlexureError: outputs that are no logits of at least 2 classes, or labels out of range.
+            FlexureError: outputs that are no logits of at least 2 classes, labels out of range, or
+                a model that cannot be differentiated in its input.
         """
         norm, radius = norm_named(self.norm), check_eps(eps)
-        search = _Search(model, x.detach(), y, self.norm, radius, limits_of(model))
+        search = _Search(model, x.detach(), y, self.norm, radius, limits_of(model, x.dtype))
         for number in range(self.restarts):
-            point = norm.point(normal(x.shape, generator), uniform(x.shape[:1], generator)).to(x)
+            point = norm.point(normal(x.shape, generator), uniform(x.shape[:1], generator))
+            point = point.to(search.origin)
             start = point if self.random_start or number else torch.zeros_like(point)
             self._restart(search, radius * start, norm.direction(point))
         return search.best
@@ -111,7 +123,7 @@ class PGD:
         """Goes up from x + start, for the samples that are not misclassified yet."""
         step = search.eps * (2.5 / self.steps if self.step_size is None else self.step_size)
         rows = (~search.wrong).nonzero().flatten()
-        at = search.projected(search.x[rows] + start[rows], rows)
+        at = search.projected(search.origin[rows] + start[rows], rows)
         for _ in range(self.steps):
             if not len(rows):
                 return
@@ -124,9 +136,14 @@ class PGD:
             direction[stuck] = fallback[rows[stuck]]
             at = search.projected(at + step * direction, rows)
         if self.keep == "last":
-            search.best[rows] = at
+            search.best[rows] = search.held(at, rows)
         elif len(rows):
             search.look(at, rows, keep=True, last=True)
+
+
+def _above_zero(share: Any) -> bool:
+    number = isinstance(share, Real) and not isinstance(share, bool)
+    return number and 0 < share < torch.inf
 
 
 @dataclass
@@ -134,6 +151,7 @@ class _Search:
     """Where the search for adversarial inputs of B samples stands.
 
     Attributes:
+        origin: the inputs, in float32 at least, as is where the search stands.
         best: (B, *shape), the result.
         lowest: (B,) the margin there.
         wrong: (B,) bool, whether it is misclassified.
@@ -147,25 +165,32 @@ class _Search:
     limits: tuple[float, float]
 
     def __post_init__(self) -> None:
+        self.origin = precise(self.x)
         self.best = self.x.clone()
         self.lowest = self.x.new_full((len(self.x),), torch.inf)
         self.wrong = torch.zeros_like(self.lowest, dtype=torch.bool)
 
     def projected(self, at: Tensor, rows: Tensor) -> Tensor:
         """The nearest points that are allowed."""
+        return project(at, self.origin[rows], norm=self.norm, eps=self.eps, limits=self.limits)
+
+    def held(self, at: Tensor, rows: Tensor) -> Tensor:
+        """These points in the precision of the inputs, still allowed."""
+        if at.dtype == self.x.dtype:
+            return at
         return project(at, self.x[rows], norm=self.norm, eps=self.eps, limits=self.limits)
 
     def look(self, at: Tensor, rows: Tensor, *, keep: bool, last: bool = False) -> Tensor:
         """Keeps what is better than before; the gradient of −m, zero where it is not finite."""
         with torch.set_grad_enabled(not last):
-            at = at.detach().requires_grad_(not last)
+            at = self.held(at.detach(), rows).requires_grad_(not last)
             logits = check_logits(logits_of(self.model(at.clone())), self.y[rows])
             margins = margin(logits, self.y[rows])
         if keep:
             self._take(at.detach(), logits.detach(), margins.detach(), rows)
         if last:
             return torch.zeros_like(at)
-        (gradient,) = torch.autograd.grad(-margins.sum(), at)
+        gradient = _gradient(-margins.sum(), at).to(self.origin)
         finite = gradient.flatten(1).isfinite().all(1)
         return torch.where(finite.view(-1, *[1] * (at.dim() - 1)), gradient, 0.0)
 
@@ -178,3 +203,14 @@ class _Search:
         self.best[rows[better]] = at[better]
         self.lowest[rows[better]] = margins[better]
         self.wrong[rows[better]] = wrong[better]
+
+
+def _gradient(value: Tensor, at: Tensor) -> Tensor:
+    (found,) = torch.autograd.grad(value, at, allow_unused=True) if value.requires_grad else (None,)
+    if found is None:
+        raise FlexureError(
+            "expected a model that can be differentiated in its input, got logits without a graph "
+            "to it (detach(), no_grad() or NumPy inside); its gradients say nothing of its "
+            "robustness: attack without gradients, or a model that lets them through"
+        )
+    return found
