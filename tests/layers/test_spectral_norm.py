@@ -717,12 +717,28 @@ def test_measures(what: str, training: bool, warm: bool, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(LayerOperator, "converged", counted)
     found = measured(what, model)
-    assert len(runs) <= 4
+    converged = 0 if warm and not training else 2  # float64 lent to a float32 layer: none anew
+    assert len(runs) <= converged
     torch.testing.assert_close(found, measured(what, twin), rtol=1e-3, atol=1e-4)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     again = measured(what, model)
     assert torch.equal(found, again)
-    assert len(runs) <= 4
+    assert len(runs) <= converged
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_lent_float64_copy_is_the_same_function(warm: bool) -> None:
+    model = Smooth().eval()
+    x = torch.randn(3, 2, 6, 6)
+    if warm:
+        model(x)
+    lent = {name: value.detach().double() for name, value in model.named_parameters()}
+    lent |= {n: b.double() if b.is_floating_point() else b for n, b in model.named_buffers()}
+    wide = functional_call(model, lent, (x.double(),))
+    torch.testing.assert_close(wide, model(x).double(), rtol=1e-6, atol=1e-6)
+    own = copy.deepcopy(model).double()
+    assert dense_norm(own.conv) == pytest.approx(1.0, abs=1e-7)
+    assert dense_norm(model.conv) != pytest.approx(1.0, abs=1e-9)
 
 
 # --- errors ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ vectors are found is in `layer_operator.py`; bounds of weights that are given ar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,8 @@ def spectral_norm(
     Lanczos steps improve at every `every`-th change of the weight: never above the norm, and a
     little below it. In eval mode σ is converged to 5e-5 (float64: 5e-8) of itself, whenever the
     weight's values are not those that it was last converged for. Both depend on the weight, the
-    state dict and the input size alone.
+    state dict and the input size alone; measures that lend the layer a float64 copy of its weight
+    get the σ of its own precision.
 
     Inputs of another spatial size than `input_size` are noticed by a forward pre-hook, and the
     layer is normalised for theirs. A weight of zeros stays zero. In half precision the quotient is
@@ -139,20 +140,21 @@ class SpectralNorm(nn.Module):
         direction: of the weight's shape, G; σ = ⟨G, W⟩ in training mode.
         trained_norm: 0-d, ⟨G, W⟩ when the weight last changed in training mode.
         share: 0-d, ⟨G, W⟩/‖W‖ when G was found.
+        age: 0-d int64, changes of the weight in training mode since v was refreshed.
     """
 
     v: Tensor
     direction: Tensor
     trained_norm: Tensor
     share: Tensor
+    age: Tensor
 
     def __init__(self, layer: nn.Module, *, input_size: Sizes | None, every: int) -> None:
         super().__init__()
         self._operator = LayerOperator(layer)
         self.every = every
         self.size = self._operator.checked_size(input_size)
-        self._age = 0
-        self._seen: tuple[int, int, int] | None = None
+        self._seen: tuple[int, ...] | None = None
         self._entries: list[_Entry] = []
         weight: Tensor = layer.weight  # type: ignore[assignment]
         shape = self._operator.input_shape(self.size)
@@ -162,6 +164,8 @@ class SpectralNorm(nn.Module):
         self.register_buffer("direction", torch.zeros_like(weight, requires_grad=False))
         for name in ("trained_norm", "share"):
             self.register_buffer(name, weight.new_zeros((), requires_grad=False))
+        self.register_buffer("age", torch.zeros((), dtype=torch.int64, device=weight.device))
+        self._own_dtype = weight.dtype
         if not weight.is_meta:
             with plainly():
                 self._store(self._converged(plain(weight)), plain(weight))
@@ -212,8 +216,7 @@ class SpectralNorm(nn.Module):
             values = plain(weight)
             if not self.training:
                 return self._remembered(values)
-            version = -1 if weight.is_inference() else weight._version
-            self._train((id(weight), values.data_ptr(), version), values)
+            self._train((id(weight), values.data_ptr(), _version(weight)), values)
             # Graphs keep a copy: the next refresh writes into the buffer.
             return self.direction.clone()
 
@@ -224,13 +227,24 @@ class SpectralNorm(nn.Module):
 
     def _remembered(self, weight: Tensor) -> Tensor:
         """G converged for the weight's values."""
-        for entry in self._entries:
-            if entry.fits(weight, self.size):
-                return entry.direction
-        direction = self._converged(weight).direction
-        entry = _Entry(weight.clone(), self.size, direction)
-        self._entries[:] = [entry, *self._entries[: ENTRIES - 1]]
-        return direction
+        with torch._C.DisableTorchFunction():  # measures, which compute in float64 inside
+            own = self._unlent(weight)
+            for entry in self._entries:
+                if entry.fits(own, self.size):
+                    return entry.direction.to(weight.dtype)
+            direction = self._converged(own).direction
+            entry = _Entry(own.clone(), self.size, direction)
+            self._entries[:] = [entry, *self._entries[: ENTRIES - 1]]
+            return direction.to(weight.dtype)
+
+    def _unlent(self, weight: Tensor) -> Tensor:
+        """The layer's own weight where it is lent a wider copy: σ is the same in both precisions.
+
+        A layer that is cast to another dtype has its weights in that one from then on.
+        """
+        own = weight.to(self._own_dtype)
+        wider = torch.promote_types(own.dtype, weight.dtype) == weight.dtype
+        return own if wider and torch.equal(own.to(weight.dtype), weight) else weight
 
     def _converged(self, weight: Tensor) -> Triple:
         if not bool(weight.isfinite().all()):
@@ -253,22 +267,22 @@ class SpectralNorm(nn.Module):
     def _train(self, seen: tuple[int, int, int], weight: Tensor) -> None:
         """Notes a change of the weight, and refreshes when it is time.
 
-        What is done depends on the buffers, the age and the weight's values alone, never on
-        `_seen`, so that a training that is interrupted goes on as it would have.
+        What is done depends on the buffers and the weight's values alone, never on `_seen`, so
+        that a training that is interrupted, or put back, goes on as it would have.
         """
         resized = self.v.shape[2:] != self.size
-        if seen == self._seen and not resized:
+        if not resized and self._seen == (*seen, id(self.age), _version(self.age)):
             return
-        known = self._seen is not None and self._seen[:2] == seen[:2]
-        self._seen = seen
         norm = _paired(self.direction, weight).to(self.trained_norm)
-        if not (known or resized) and torch.equal(norm, self.trained_norm):
-            return
-        self._age += 1
-        self.trained_norm.copy_(norm)
-        lost = bool(norm <= LOST * self.share * torch.linalg.vector_norm(weight))
-        if self._age >= self.every or lost or resized:
-            self._refresh(weight, norm, settle=lost or resized)
+        lost = norm <= LOST * self.share * torch.linalg.vector_norm(weight)
+        flags = torch.stack([norm != self.trained_norm, self.age + 1 >= self.every, lost])
+        changed, due, is_lost = flags.tolist()  # at once: another device is waited for
+        if changed:
+            self.age.add_(1)
+            self.trained_norm.copy_(norm)
+        if (changed and due) or is_lost or resized:
+            self._refresh(weight, norm, settle=is_lost or resized)
+        self._seen = (*seen, id(self.age), _version(self.age))
 
     def _refresh(self, weight: Tensor, norm: Tensor, *, settle: bool) -> None:
         """Improves u and v; `settle`: until the norm hardly grows any more."""
@@ -295,26 +309,21 @@ class SpectralNorm(nn.Module):
         size = torch.linalg.vector_norm(weight)
         self.share.copy_(torch.where(size > 0, norm_now / size, 0.0))
         # A weight of zeros has no direction: its first change needs one.
-        self._age = 0 if norm > 0 else self.every
+        self.age.fill_(0 if norm > 0 else self.every)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "age"] = torch.tensor(self._age)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralNorm:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._own_dtype = self.direction.dtype
+        return self
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, *rest: Any
-    ) -> None:
-        age = state_dict.pop(prefix + "age", None)
-        if age is not None:
-            self._age = int(age)
-        elif strict:
-            missing.append(prefix + "age")
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         v = state_dict.get(prefix + "v")
         if v is not None and v.shape != self.v.shape and v.shape[:2] == self.v.shape[:2]:
             self.v = self.v.new_zeros(v.shape)
             self.size = tuple(v.shape[2:])
         self._seen = None
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._own_dtype = self.direction.dtype  # load_state_dict(assign=True) may change it
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is remembered of this very object's weight."""
@@ -352,6 +361,11 @@ def _paired(direction: Tensor, weight: Tensor) -> Tensor:
     """⟨G, W⟩, in float32 at least."""
     wide = _narrow(weight)
     return (direction.to(wide) * weight.to(wide)).sum()
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; -1 where nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _narrow(weight: Tensor) -> torch.dtype:
