@@ -289,9 +289,10 @@ class UpdateRule(Protocol):
 
         Args:
             backward: at the current weights, replaces every `.grad` by the gradient of the
-                objective over the global batch, clipped, and returns the objective. Running
-                statistics (BatchNorm) are those of its first call: further ones are made at
-                weights that no one keeps.
+                objective over the global batch, clipped, and returns the objective. Each call
+                starts from the buffers before the update (BatchNorm's statistics, the vectors of
+                spectral norms), so that all are one function of the weights; those of the first
+                call stay, for further ones are made at weights that no one keeps.
             optimizer: to be stepped.
 
         Returns:

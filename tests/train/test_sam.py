@@ -10,8 +10,12 @@ import torch
 from torch import nn
 
 from flexure.contracts import FlexureError, MissingExtraError
+from flexure.layers import LipschitzBatchNorm, spectral_norm
+from flexure.penalties import CurvatureRate, LowCurvature
 from flexure.train import SAM, Checkpoint, fit
 from flexure.train.identity import describe
+from flexure.train.update import plain
+from flexure.units.smooth import CenteredSoftplus
 from tests.train.scenarios import data
 
 
@@ -193,3 +197,107 @@ def test_settings_and_the_missing_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises(MissingExtraError, match="flexure\\[sam\\]"):
         fit(network(), batches(), epochs=1, seed=0, update=SAM())
+
+
+class LeavingOut(nn.Module):
+    """Writes another buffer in the place of its own at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls = torch.ones(len(self.calls) + 1)
+        return x
+
+
+def lcnn() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        spectral_norm(nn.Linear(4, 16), every=3),
+        LipschitzBatchNorm(16, gamma=3.0),
+        CenteredSoftplus(),
+        spectral_norm(nn.Linear(16, 3)),
+    )
+
+
+@pytest.mark.parametrize("penalty", [CurvatureRate(), LowCurvature(0.0, 1.0)])
+def test_all_gradients_of_an_update_are_of_one_function(penalty):
+    found = []
+
+    def thrice(backward, optimizer):
+        found.append([backward() for _ in range(3)])
+        optimizer.step()
+        return found[-1][0]
+
+    fit(lcnn(), batches_of_floats(), epochs=2, seed=0, penalties={penalty: 1.0}, update=thrice)
+    assert all(len(set(values)) == 1 for values in found)
+    assert len({values[0] for values in found}) == len(found)
+
+
+def batches_of_floats() -> list:
+    return [(x.float() * 2 + 1, y) for x, y in batches()]
+
+
+def test_buffers_age_once_an_update():
+    kept = []
+    for rule in (None, SAM(rho=0.5)):
+        model = nn.Sequential(LeavingOut(), *lcnn())
+        still = torch.optim.SGD(model.parameters(), lr=0.0)
+        fit(model, batches_of_floats(), epochs=3, seed=0, update=rule, optimizer=still)
+        kept.append(model.state_dict())
+    for key, value in kept[0].items():
+        assert torch.equal(kept[1][key], value), key
+
+
+def test_an_error_puts_back_spectral_norms():
+    def second_fails(backward, optimizer):
+        backward()
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.mul_(-3).add_(1)
+        backward()
+        raise RuntimeError("stopped")
+
+    model = nn.Sequential(LeavingOut(), *lcnn())
+    before = deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(model, batches_of_floats(), epochs=1, seed=0, update=second_fails)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("rule", [None, SAM(0.1)])
+def test_an_interrupted_lcnn_ends_as_an_undisturbed_one(tmp_path, rule):
+    results = []
+    for stop in (None, 7):
+        seen = 0
+
+        def stopping(backward, optimizer, stop=stop):
+            nonlocal seen
+            seen += 1
+            if seen == stop:
+                raise RuntimeError("stopped")
+            return (rule or plain)(backward, optimizer)
+
+        for _ in range(2):
+            model = lcnn()
+            try:
+                fit(
+                    model,
+                    batches_of_floats(),
+                    epochs=8,
+                    seed=0,
+                    update=stopping,
+                    penalties={LowCurvature(): 1.0, CurvatureRate(): 0.03},
+                    optimizer=torch.optim.Adam(model.parameters(), lr=0.02),
+                    checkpoint=Checkpoint(tmp_path / f"{stop}", every=1),
+                )
+            except RuntimeError:
+                continue
+            break
+        results.append(model.state_dict())
+    assert seen == 7 + 8 * 3 - 6
+    for key, value in results[0].items():
+        assert torch.equal(results[1][key], value), key

@@ -27,8 +27,8 @@ class SAM:
     e = rho·g/|g|, the norm over all parameters of the optimiser (Foret et al., Sharpness-aware
     minimization for efficiently improving generalization, 2021); adaptive: e = rho·w²g/|w·g|,
     elementwise (Kwon et al., ASAM, 2021). The optimiser then steps from w. Two gradients an update;
-    BatchNorm statistics are those of the first pass. Where `fit` clips, it clips both gradients; in
-    several processes both are those of the global batch.
+    both start from the same buffers (BatchNorm statistics), and those of the first pass stay. Where
+    `fit` clips, it clips both gradients; in several processes both are those of the global batch.
 
     Performed by `pytorch_optimizer.SAM` (the extra `sam`) around any optimiser, which does not know
     of it: its groups and state are as without, and nothing is kept between updates. The library

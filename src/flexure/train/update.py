@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,8 +96,6 @@ class Updater:
         self._differentiated = [
             p for p in {*run.model.parameters(), *self.trained.values()} if p.requires_grad
         ]
-        base = nn.modules.batchnorm._NormBase
-        self._norms = [m for m in run.model.modules() if isinstance(m, base)]
         self._run = run
         self._objective = objective
         self._optimizer = optimizer
@@ -114,16 +112,22 @@ class Updater:
 
         Raises:
             FlexureError: a loss or gradient that is not finite, or a parameter without gradient
-                in one of several processes. Weights and statistics are those before the update.
+                in one of several processes. Weights and buffers are those before the update.
         """
         measured: list[list[float]] = []
+        before = _Buffers(self._run.model)
 
         def backward() -> float:
-            with self._statistics_kept() if measured else nullcontext():
+            if not measured:
                 measured.append(self._backward(steps))
+            else:  # the same function again, of which nothing stays
+                first = _Buffers(self._run.model)
+                before.put_back()
+                measured.append(self._backward(steps))
+                first.put_back()
             return float(self._objective.total(measured[-1]))
 
-        with self._undone_on_error():
+        with self._undone_on_error(before):
             value = (self._rule or plain)(backward, self._optimizer)
             if not measured or not isinstance(value, float):
                 raise FlexureError(
@@ -132,33 +136,17 @@ class Updater:
                 )
         return value, measured[0][1:]
 
-    @property
-    def _statistics(self) -> list[Tensor]:
-        return [b for m in self._norms if m.training for b in m.buffers(recurse=False)]
-
     @contextmanager
-    def _statistics_kept(self) -> Iterator[None]:
-        """Running statistics, put back: those of an update are of the weights before it."""
-        kept = self._statistics
-        before = [tensor.clone() for tensor in kept]
-        try:
-            yield
-        finally:
-            for tensor, value in zip(kept, before, strict=True):
-                tensor.copy_(value)
-
-    @contextmanager
-    def _undone_on_error(self) -> Iterator[None]:
-        """Weights (where a rule may have moved them) and statistics, put back on an error."""
-        kept = self._statistics
-        if self._rule is not None:
-            kept += [parameter.detach() for parameter in self.trained.values()]
-        before = [tensor.clone() for tensor in kept]
+    def _undone_on_error(self, buffers: _Buffers) -> Iterator[None]:
+        """Weights (where a rule may have moved them) and buffers, put back on an error."""
+        moved = [] if self._rule is None else [p.detach() for p in self.trained.values()]
+        before = [tensor.clone() for tensor in moved]
         try:
             yield
         except BaseException:  # an interrupted rule may have moved the weights, too
-            for tensor, value in zip(kept, before, strict=True):
+            for tensor, value in zip(moved, before, strict=True):
                 tensor.copy_(value)
+            buffers.put_back()
             raise
 
     def _backward(self, steps: Sequence[TrainingStep]) -> list[float]:
@@ -250,6 +238,29 @@ class Updater:
             norm = float(self._last_norms[worst])
             before = f"the largest gradient of the step before was {norm:.3g}, of {names[worst]}"
         return f"expected a finite loss, got {objective} {where}; {before}; {remedy}"
+
+
+class _Buffers:
+    """What the modules in train mode hold besides parameters, as it is when this is made.
+
+    BatchNorm's statistics, the vectors of spectral norms, whatever a forward pass writes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in model.modules()
+            if module.training
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+
+    def put_back(self) -> None:
+        """Makes all of it what it was, also where a module has bound another tensor since."""
+        with torch.no_grad():
+            for module, name, buffer, value in self._held:
+                if getattr(module, name) is not buffer:
+                    setattr(module, name, buffer)
+                buffer.copy_(value)
 
 
 def _differentiate(value: Tensor, twice: bool) -> None:
