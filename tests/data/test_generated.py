@@ -28,6 +28,12 @@ def test_defaults(name: str) -> None:
     assert (len(parts.train), len(parts.val), len(parts.test)) == (1280, 320, 400)
 
 
+@pytest.mark.parametrize("name", ["moons", "circles"])
+def test_odd_numbers_have_one_more_of_the_second_class(name: str) -> None:
+    data = load_data(f"sklearn:{name}?n=7")["train"]
+    assert data.labels.bincount().tolist() == [3, 4]
+
+
 def test_without_noise_they_are_the_curves() -> None:
     moons = load_data("sklearn:moons?n=50&noise=0")["train"]
     centre = torch.stack([moons.labels.float(), 0.5 * moons.labels], 1)

@@ -5,7 +5,9 @@ Which samples make a batch, and when, is decided by `batches`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ class Augmentation:
             they lie in [0, 1], and the mean colour where they are normalised.
 
     Raises:
-        FlexureError: `crop` is no integer of at least 0.
+        FlexureError: a setting that does not fit.
     """
 
     flip: bool = True
@@ -43,6 +45,14 @@ class Augmentation:
         if type(self.crop) is not int or self.crop < 0:
             raise FlexureError(
                 f"expected crop to be a number of pixels, at least 0, got {self.crop!r}; 0: no crop"
+            )
+        if type(self.flip) is not bool:
+            raise FlexureError(f"expected flip to be True or False, got {self.flip!r}")
+        number = isinstance(self.fill, Real) and not isinstance(self.fill, bool)
+        if not number or not math.isfinite(self.fill):
+            raise FlexureError(
+                f"expected fill to be a finite number, the value of pixels, got {self.fill!r}; "
+                f"give 0.0, for example"
             )
 
     def draws(self, samples: int, generator: torch.Generator) -> Tensor:
@@ -67,12 +77,17 @@ class Augmentation:
             draws: (B, 3), the rows of `draws` of these samples.
 
         Raises:
-            DataError: `x` are no images.
+            DataError: `x` are no images, or too small for the crop.
         """
         if x.dim() != 4:
             raise DataError(
                 f"expected prepared images (B, C, H, W) to flip and crop, got shape "
                 f"{tuple(x.shape)}; leave augment out for other data"
+            )
+        if self.crop >= min(x.shape[2:]):
+            raise DataError(
+                f"expected images of more than crop={self.crop} pixels a side, got "
+                f"{x.shape[2]} x {x.shape[3]}: a window could miss the image; choose a smaller crop"
             )
         flips, top, left = draws.to(x.device).unbind(1)
         if self.flip:

@@ -43,9 +43,10 @@ GENERATED: Mapping[str, Mapping[str, _Option]] = {
 def load_generated(rest: str) -> dict[str, LabelledData]:
     """`sklearn:moons?n=2000&noise=0.1&seed=0`, and `sklearn:circles` with `factor=0.5` besides.
 
-    `(2,)` float32 vectors of two classes, as many of each: two interleaved half circles of radius
-    1, or two circles of radii 1 and `factor`, with normal noise added to each coordinate. The
-    values above are the defaults; the same address gives the same data.
+    `(2,)` float32 vectors of two classes, as many of each; where n is odd, one more of the second:
+    two interleaved half circles of radius 1, or two circles of radii 1 and `factor`, with normal
+    noise added to each coordinate. The values above are the defaults; the same address gives the
+    same data.
 
     Raises:
         AddressError: an unknown option, or a value that does not fit.
