@@ -1,4 +1,4 @@
-"""Errors, and the protocols of every extension point.
+"""Errors, the protocols of every extension point, and what counts as a number.
 
 Nothing here computes. Every other module may import this one; it imports none of them.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Generator, Tensor, nn
@@ -35,6 +36,7 @@ __all__ = [
     "SiteError",
     "Step",
     "UpdateRule",
+    "is_number",
 ]
 
 Example: TypeAlias = "Tensor | tuple[Any, ...] | dict[str, Any]"
@@ -78,6 +80,11 @@ class BudgetError(FlexureError):
 
 class MissingExtraError(FlexureError, ImportError):
     """An optional dependency that is not installed; the message names the extra."""
+
+
+def is_number(value: object) -> bool:
+    """Whether a setting is a real number, which no truth value, string or tensor is."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @runtime_checkable
@@ -202,9 +209,10 @@ class Step(Protocol):
 
         That is B times the gradient of the loss of `fit`, a mean over B samples. Where `y` is
         `(B,)` integers, samples labelled -100, which do not count in the mean, have rows of 0, and
-        the others are scaled by the number of those that count. A layer that couples samples
-        (BatchNorm in train mode) is differentiated as it is: row i is then the gradient of the
-        sum of all samples' losses in input i.
+        the others are scaled by the number of those that count. No other label is known to be
+        left out: with a loss of another `ignore_index` all B samples are taken to count. A layer
+        that couples samples (BatchNorm in train mode) is differentiated as it is: row i is then
+        the gradient of the sum of all samples' losses in input i.
 
         Args:
             x: (B, *shape), what stands in the place of the one floating-point tensor in `step.x`:
@@ -231,6 +239,10 @@ class Step(Protocol):
         penalty that is not linear in it (its root, say) is then the mean of the batches' penalties
         and not the penalty of all their samples; larger batches are the remedy.
         """
+        ...
+
+    def global_max(self, values: Tensor) -> Tensor:
+        """Largest of (B,) values and of all processes' samples, a scalar without a graph."""
         ...
 
 

@@ -10,12 +10,20 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from flexure.contracts import Step
 from flexure.penalties import CURE, CurvatureRate, GradientNorm, LowCurvature
 from flexure.train import SAM, fit
 from flexure.units.smooth import CenteredSoftplus
 from tests.penalties.steps import labelled
+
+
+def largest(step: Step) -> Tensor:
+    """Depends on the largest value in all processes alone."""
+    values = step.output.square().sum(1)
+    return step.global_mean((values / step.global_max(values)).sqrt())
+
 
 SETTINGS = {
     **{
@@ -27,6 +35,7 @@ SETTINGS = {
             (CurvatureRate(), 1),
         )
     },
+    "largest": {"penalties": {largest: 0.5}},
     "SAM": {"update": SAM(rho=0.1), "clip": 0.5, "penalties": {GradientNorm(): 0.1}},
     "ASAM": {"update": SAM(rho=0.5, adaptive=True), "accumulate": 2},
 }

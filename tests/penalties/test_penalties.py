@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 
 import flexure
 from flexure.contracts import FlexureError
@@ -196,13 +197,41 @@ def test_the_rate_of_a_sure_network_is_exact(gain: float):
     margin = gain * (x[:, 0] + 2 * x[:, 1]).double()
     slope = gain * (v[:, 0] + 2 * v[:, 1])
     weight = 2 * (torch.nn.functional.logsigmoid(-margin) + torch.nn.functional.logsigmoid(margin))
-    weight = (weight.clamp(min=-600) - weight.clamp(min=-600).max()).exp()
+    weight = (weight - weight.max()).exp()
     tanh = torch.tanh(margin / 2)
     expected = ((weight * slope**4 * tanh**2).sum() / (weight * slope**2).sum()).sqrt()
     found = CurvatureRate()(step)
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     (gradient,) = torch.autograd.grad(found, model.weight)
     assert bool(gradient.isfinite().all())
+
+
+def test_of_samples_sure_beyond_float64_the_least_sure_counts():
+    model = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 2.0], [0.0, 0.0]]) * 3000)
+    x = torch.tensor([[1.0, 0.5], [0.8, 0.9], [3.0, 1.0]])
+    step = step_of(model, x, torch.tensor([0, 0, 0]))
+    v = unit_directions(step, x)
+    # Margins 6000, 7800 and 15000: of |D²p/Dp| = |gain·w·v|·tanh(margin/2) the first sample's.
+    slope = 3000 * float((v[0, 0] + 2 * v[0, 1]).abs())
+    assert float(CurvatureRate()(step).detach()) == pytest.approx(slope, rel=1e-5)
+
+
+def test_a_sample_without_derivatives_hides_no_surer_one():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(500.0))
+
+        def forward(self, x):
+            z = self.gain * (1 + x[:, :1] ** 4)
+            return torch.cat([z, -z], 1)
+
+    x, y = torch.tensor([[0.0], [2.0]]), torch.zeros(2).long()
+    alone, both = (CurvatureRate()(step_of(Flat(), x[i:], y[i:])) for i in (1, 0))
+    assert float(alone.detach()) > 100
+    assert float(both.detach()) == pytest.approx(float(alone.detach()), rel=1e-5)
 
 
 def test_a_rate_without_derivatives_is_zero():
@@ -254,6 +283,55 @@ def test_low_curvature_counts_shared_parameters_once():
     found.backward()
     assert bool(small.weight.grad.isfinite().all())
     assert constant == pytest.approx(2, rel=1e-3)
+
+
+class Doubled(nn.Module):
+    def forward(self, raw: torch.Tensor) -> torch.Tensor:
+        return raw + raw.abs()
+
+
+def test_low_curvature_counts_parametrized_betas_and_gammas():
+    units = [CenteredSoftplus(beta) for beta in (1.0, 2.0, 3.0, 4.0, 5.0)]
+    norms = [LipschitzBatchNorm(3, gamma=gamma) for gamma in (2.0, 3.0, 4.0)]
+    for norm in norms:
+        parametrize.register_parametrization(norm, "raw_gamma", Doubled())
+        with torch.no_grad():
+            norm.weight.fill_(1e9)
+    for unit in units:
+        parametrize.register_parametrization(unit, "raw_beta", Doubled())
+    step = step_of(nn.Sequential(*units, *norms), torch.randn(5, 3), torch.arange(5) % 3)
+    expected = sum(0.1 * float(u.beta.detach()) for u in units)
+    expected += sum(0.2 * math.log(float(n.gamma.detach())) for n in norms)
+    found = LowCurvature(0.1, 0.2)(step)
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
+    alias = CenteredSoftplus()
+    parametrize.register_parametrization(alias, "raw_beta", Doubled())
+    alias.parametrizations.raw_beta.original = units[0].parametrizations.raw_beta.original
+    step.model.append(alias)
+    assert torch.equal(LowCurvature(0.1, 0.2)(step), found)
+
+
+def test_low_curvature_sees_every_layer_of_a_shared_gamma():
+    norms = [LipschitzBatchNorm(3, gamma=20.0) for _ in range(3)]
+    for norm, weight in zip(norms, (0.1, 7.0, 90.0), strict=True):
+        norm.raw_gamma = norms[0].raw_gamma
+        with torch.no_grad():
+            norm.weight.fill_(weight)
+    step = step_of(nn.Sequential(*norms), torch.randn(5, 3), torch.arange(5) % 3)
+    found = LowCurvature(0.0, 1.0)(step)
+    assert float(found.detach()) == pytest.approx(math.log(7) + math.log(20), rel=1e-5)
+    found.backward()
+    assert bool(norms[1].weight.grad.any())
+
+
+@pytest.mark.parametrize("penalty", [CurvatureRate(), LowCurvature()], ids=by_name)
+def test_scripted_networks_are_named(penalty):
+    x, y = labelled()
+    traced = torch.jit.trace(nn.Sequential(nn.Linear(3, 5), nn.Tanh()).double(), x)
+    step = step_of(nn.Sequential(traced, CenteredSoftplus(), nn.Linear(5, 3).double()), x, y)
+    told = refused(lambda: penalty(step))
+    assert "0 in it made by torch.jit" in told
+    assert type(penalty).__name__ in told
 
 
 def test_all_together_write_statistics_once_an_update_and_leave_the_modes():
@@ -334,6 +412,12 @@ def refused(call) -> str:
     [
         (lambda: CURE(h=0.0), "expected h above 0"),
         (lambda: CURE(h=float("nan")), "expected h above 0"),
+        (lambda: CURE(h="a"), "expected h above 0"),  # type: ignore[arg-type]
+        (lambda: CURE(h=True), "expected h above 0"),
+        (lambda: CURE(h=torch.tensor(1.0)), "expected h above 0"),  # type: ignore[arg-type]
+        (lambda: LowCurvature(beta_weight="a"), "expected beta_weight"),  # type: ignore[arg-type]
+        (lambda: LowCurvature(gamma_weight=None), "expected gamma_weight"),  # type: ignore[arg-type]
+        (lambda: LowCurvature(gamma_weight=True), "expected gamma_weight"),
         (lambda: CURE(rise_epochs=-1), "rise_epochs"),
         (lambda: LowCurvature(beta_weight=-1.0), "expected beta_weight"),
         (lambda: LowCurvature(gamma_weight=float("inf")), "expected gamma_weight"),

@@ -184,7 +184,7 @@ def test_zero_gradients_stay_finite():
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
-@pytest.mark.parametrize("rho", [0.0, -1.0, float("nan"), float("inf"), True])
+@pytest.mark.parametrize("rho", [0.0, -1.0, float("nan"), float("inf"), True, "a", None])
 def test_a_radius_that_does_not_fit(rho):
     with pytest.raises(FlexureError, match="expected rho above 0"):
         SAM(rho)

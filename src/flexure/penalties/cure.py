@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from flexure.contracts import FlexureError, Step
+from flexure.contracts import FlexureError, Step, is_number
 from flexure.measure.fields import point_of
 
 __all__ = ["CURE"]
@@ -37,7 +37,7 @@ class CURE:
         default_weight: of [CURE].
 
     Raises:
-        FlexureError: `h` is not positive, or `rise_epochs` is no number of epochs.
+        FlexureError: `h` is no positive finite number, or `rise_epochs` is no number of epochs.
     """
 
     h: float = 1.5
@@ -47,7 +47,7 @@ class CURE:
     default_weight: ClassVar[float] = 4.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.h < math.inf:
+        if not (is_number(self.h) and 0 < self.h < math.inf):
             raise FlexureError(f"expected h above 0, a finite length, got {self.h!r}; take 1.5")
         if type(self.rise_epochs) is not int or self.rise_epochs < 0:
             raise FlexureError(

@@ -25,14 +25,12 @@ from flexure.measure.jets import taylor_coefficients
 from flexure.measure.probability import Odds
 from flexure.measure.propagate import primal_of
 from flexure.measuring import twice_differentiable, uncompiled
+from flexure.penalties.scripted import refuse_scripted
 
 __all__ = ["CurvatureRate"]
 
 _BLOCK = 64
 """Samples whose directions are drawn at once: what a sample gets must not depend on the others."""
-
-_LEAST_LOG_SCALE = -300.0
-"""Its exponential, squared, is well inside float64, with room for the derivatives' squares."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +62,19 @@ class CurvatureRate:
         Raises:
             FlexureError: the network has kinks (ReLU, max-pooling) or another operation without
                 such derivatives, which is named; its output does not depend on the input, or is
-                affine in it.
+                affine in it; or a part of it was made by torch.jit.
         """
+        refuse_scripted(step.model, "CurvatureRate")
         x = map_tensors(step.x, torch.Tensor.detach)
         point = point_of(x)
         first, second, log_scale = _derivatives(step.model, x, unit_directions(step, point))
         # In float64: squares of the derivatives of a sure network leave float32.
-        scale = log_scale.clamp(min=_LEAST_LOG_SCALE).exp()[:, None]
-        squares = (torch.stack([first, second], 1).double() * scale).square()
+        derivatives = torch.stack([first, second], 1).double()
+        # What all are divided by cancels: the largest is 1, however sure the network is.
+        size = log_scale + derivatives.detach().abs().amax(1).log()
+        largest = step.global_max(size)
+        scale = torch.where(size.isneginf(), 0.0, log_scale - largest).exp()[:, None]
+        squares = (derivatives * scale).square()
         mean_first, mean_second = step.global_mean(squares).unbind()
         defined = (mean_first > 0) & (mean_second > 0)
         # Inside, too: the slope of the root at 0 would spoil the gradient of the other branch.

@@ -7,19 +7,18 @@ network is not done here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
-from flexure.contracts import FlexureError, Step
+from flexure.contracts import FlexureError, Step, is_number
 from flexure.layers.lipschitz_norm import LipschitzBatchNorm
+from flexure.penalties.scripted import refuse_scripted
 from flexure.units.smooth import CenteredSoftplus
 
 __all__ = ["LowCurvature"]
-
-_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,9 @@ class LowCurvature:
     Its eq. 5, with the constant that a layer has, gamma_eff = min(gamma, max |w|/sigma), in the
     place of the gamma that bounds it: with gamma alone, no gradient reaches the scale of a layer
     that is not clipped. A constant below 1 is no reward. The betas are those of all
-    `CenteredSoftplus`, the constants those of all `LipschitzBatchNorm`, and a parameter that
-    several layers or calls share counts once. Depends on no sample.
+    `CenteredSoftplus`: a parameter that several share counts once. The constants are those of all
+    `LipschitzBatchNorm`: layers with one gamma have their own w and sigma and count each, a layer
+    that is called several times counts once. Depends on no sample.
 
     Attributes:
         beta_weight: of the betas; default of the code of Low-Curvature Networks.
@@ -38,8 +38,8 @@ class LowCurvature:
         default_weight: of the sum.
 
     Raises:
-        FlexureError: a weight is negative or not finite; when called, a network without such
-            layers.
+        FlexureError: a weight is negative or no finite number; when called, a network without
+            such layers, or one made by torch.jit, whose layers are no longer there.
     """
 
     beta_weight: float = 1e-2
@@ -50,21 +50,21 @@ class LowCurvature:
     def __post_init__(self) -> None:
         for name in ("beta_weight", "gamma_weight"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
+            if not (is_number(value) and 0 <= value < math.inf):
                 raise FlexureError(
-                    f"expected {name} to be at least 0 and finite, got {value!r}; 0 leaves its sum "
-                    f"out"
+                    f"expected {name} to be a finite number from 0, got {value!r}; 0 leaves its "
+                    f"sum out"
                 )
 
     def __call__(self, step: Step) -> Tensor:
         """The penalty, a scalar."""
+        refuse_scripted(step.model, "LowCurvature")
         modules = list(step.model.modules())
-        betas = [m.beta for m in _distinct(modules, CenteredSoftplus, "raw_beta")]
+        units = {_raw_beta(m): m for m in modules if isinstance(m, CenteredSoftplus)}
+        betas = [unit.beta for unit in units.values()]
         # Limited before the logarithm, whose slope at 0 is infinite.
-        constants = [
-            m.lipschitz.clamp(min=1).log()
-            for m in _distinct(modules, LipschitzBatchNorm, "raw_gamma")
-        ]
+        norms = [m for m in modules if isinstance(m, LipschitzBatchNorm)]
+        constants = [norm.lipschitz.clamp(min=1).log() for norm in norms]
         if not betas and not constants:
             raise FlexureError(
                 "expected a network with CenteredSoftplus or LipschitzBatchNorm layers, got none "
@@ -79,10 +79,10 @@ class LowCurvature:
         return total
 
 
-def _distinct(modules: Iterable[nn.Module], kind: type[_Layer], name: str) -> list[_Layer]:
-    """The layers of a kind, the first of those that share the parameter `name`."""
-    found: dict[int, _Layer] = {}
-    for module in modules:
-        if isinstance(module, kind):
-            found.setdefault(id(getattr(module, name)), module)
-    return list(found.values())
+def _raw_beta(unit: CenteredSoftplus) -> int:
+    """By which to tell parameters apart: what a parametrization gives is new at each access."""
+    held = unit._parameters.get("raw_beta")
+    if held is None and is_parametrized(unit, "raw_beta"):
+        steps: Any = unit.parametrizations
+        held = getattr(steps.raw_beta, "original", None)
+    return id(unit if held is None else held)

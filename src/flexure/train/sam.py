@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from flexure.addresses import import_extra
-from flexure.contracts import FlexureError
+from flexure.contracts import FlexureError, is_number
 
 __all__ = ["SAM"]
 
@@ -55,7 +55,7 @@ class SAM:
     adaptive: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.rho, bool) or not 0 < self.rho < math.inf:
+        if not (is_number(self.rho) and 0 < self.rho < math.inf):
             raise FlexureError(f"expected rho above 0, a finite length, got {self.rho!r}")
         if not isinstance(self.adaptive, bool):
             raise FlexureError(f"expected adaptive to be True or False, got {self.adaptive!r}")

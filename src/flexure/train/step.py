@@ -206,6 +206,15 @@ class TrainingStep:
         total = self.run.processes.sum(values.sum(0)) / self.samples
         return mean + (total - mean.detach())
 
+    def global_max(self, values: Tensor) -> Tensor:
+        """See `flexure.contracts.Step`."""
+        largest = values.detach().max()
+        processes = self.run.processes
+        if processes.count == 1:
+            return largest
+        own = [float(largest) if i == processes.index else 0.0 for i in range(processes.count)]
+        return torch.tensor(processes.sums(own), dtype=torch.float64).max().to(largest)
+
 
 def scalar(name: str, value: Any) -> Tensor:
     """`value`, called `name`, as a tensor without dimensions.
