@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import flexure
 from flexure.contracts import FlexureError
+from flexure.memory import saved_bytes
 from flexure.surgery.install import install, plan
 from flexure.units import (
     CenteredSoftplus,
@@ -132,16 +133,16 @@ def one_tensor(beta: float, spread: float, weights: str) -> tuple[float, float, 
     """The gradient in beta taken fast and in float64, and the sum of magnitudes."""
     torch.manual_seed(4)
     x = spread * torch.randn(64, 64, 16)
-    g = {"ones": torch.ones_like, "signs": torch.randn_like}[weights](x)
+    g = {"ones": torch.ones_like, "signs": torch.randn_like, "x": torch.clone}[weights](x)
     dial = torch.tensor(beta, requires_grad=True)
     (fast,) = torch.autograd.grad(centered_softplus(x, dial), dial, g)
     slopes = plain.centered_softplus_slopes(x.double(), dial.detach().double())[1]
     return fast.item(), (slopes * g).sum().item(), (slopes * g).abs().sum().item()
 
 
-@pytest.mark.parametrize("beta", [1e-4, 0.09, 0.11, 0.5, 5.0, 30.0, 1000.0, 1e6])
+@pytest.mark.parametrize("beta", [1e-4, 0.09, 0.11, 0.5, 5.0, 15.0, 17.0, 1000.0, 1e6])
 @pytest.mark.parametrize("spread", [0.02, 1.0, 50.0])
-@pytest.mark.parametrize("weights", ["ones", "signs"])
+@pytest.mark.parametrize("weights", ["ones", "signs", "x"])
 def test_the_gradient_in_beta_of_a_large_tensor(beta: float, spread: float, weights: str) -> None:
     fast, exact, magnitude = one_tensor(beta, spread, weights)
     assert abs(fast - exact) <= 4e-6 * magnitude
@@ -184,11 +185,12 @@ def test_a_fused_kernel_is_taken_where_it_suffices(monkeypatch: pytest.MonkeyPat
 
 def test_single_precision_is_taken_where_it_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for name in ("single_sums", "double_sums"):
+    for name in ("single_sums", "double_sums", "difference"):
         real = getattr(bends, name)
         monkeypatch.setattr(bends, name, lambda *a, _n=name, _f=real: (calls.append(_n), _f(*a))[1])
     for beta, size, expected in (
-        (5.0, 1 << 14, "single_sums"),
+        (5.0, 1 << 14, "difference"),
+        (20.0, 1 << 14, "single_sums"),  # the difference would cancel
         (0.01, 1 << 14, "double_sums"),  # it would cancel
         (5.0, 1 << 10, "double_sums"),  # few errors to average out
     ):
@@ -221,15 +223,51 @@ def test_a_gradient_in_the_input_alone_takes_no_sums(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(bends, "single_sums", never)
     monkeypatch.setattr(bends, "double_sums", never)
+    monkeypatch.setattr(bends, "difference", never)
     monkeypatch.setattr(plain, "centered_softplus_slopes", never)
     for create_graph in (False, True):
         torch.autograd.grad(unit(x).sum(), x, create_graph=create_graph)
+    unit(x).sum().backward(inputs=[x])
+    assert unit.raw_beta.grad is None
     (gradient,) = torch.autograd.grad(unit(x).sum(), x, create_graph=True)
     gradient.square().sum().backward()
     assert unit.raw_beta.grad.isfinite()
 
 
-def test_only_the_input_is_saved() -> None:
+@pytest.mark.parametrize("shape", [(300, 70), (4, 8, 32, 32)])
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("leaf", [False, True])
+def test_both_gradients_of_a_large_tensor(
+    shape: tuple[int, ...], permuted: bool, leaf: bool
+) -> None:
+    """In one sweep, whatever the layouts, and again and with a graph from the same values."""
+    torch.manual_seed(6)
+    x = torch.randn(shape)
+    x = (x.transpose(0, 1) if permuted else x).requires_grad_(not leaf)
+    dial = torch.tensor([3.0], requires_grad=True)
+    y = centered_softplus(x, dial)
+    g = torch.randn(y.shape)
+    wanted = (dial,) if leaf else (dial, x)
+    fast, again = (torch.autograd.grad(y, wanted, g, retain_graph=True) for _ in range(2))
+    slow = torch.autograd.grad(y, wanted, g, create_graph=True)
+    alone = torch.autograd.grad(y, dial, g)
+    for a, b, c in zip(fast, again, slow, strict=True):
+        assert torch.equal(a, b)
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-6)
+    assert torch.equal(alone[0], fast[0])
+
+
+def test_between_convolutions_nothing_but_their_inputs_is_saved() -> None:
+    """The unit's values, which its gradient in beta takes, are what the next convolution saves."""
+    x, unit = torch.randn(4, 8, 16, 16), CenteredSoftplus()
+    first, last = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+    own = (x, *first.parameters(), *last.parameters())
+    bytes_saved = saved_bytes(lambda: last(unit(first(x))), exclude=own)
+    assert bytes_saved <= 2 * x.nbytes + 16
+
+
+def test_only_the_input_of_a_small_tensor_is_saved() -> None:
     x, unit = torch.randn(4, 3, 8, 8, requires_grad=True), CenteredSoftplus()
     saved: set[tuple[int, int]] = set()
 

@@ -1,5 +1,7 @@
 """The units as functions of autograd, which save nothing but the input and the dials.
 
+Centered softplus with a learnt beta saves its values, too: a convolution that follows does anyway.
+
 Reverse mode: `blocked.py` computes first derivatives, `plain.py` those that will be differentiated.
 Forward mode, of the backward pass too: with x and its tangent ẋ, and φ the unit,
 
@@ -45,10 +47,9 @@ def ctu(x: Tensor, beta: Dial, c: Dial, target: Tensor | None = None) -> Tensor:
 
 def centered_softplus(x: Tensor, beta: Dial) -> Tensor:
     """Centered softplus; arguments as in `ctu`."""
-    moves = None
-    if isinstance(beta, Tensor) and beta.requires_grad and not _in_forward_mode():
-        moves = _BetaMoves.apply(beta, [x])  # type: ignore[no-untyped-call]
-    return cast(Tensor, _CenteredSoftplus.apply(x, beta, moves))  # type: ignore[no-untyped-call]
+    if isinstance(beta, Tensor) and beta.requires_grad:
+        beta = beta.view_as(beta)  # no leaf, of which autograd does not say whether it is asked for
+    return cast(Tensor, _CenteredSoftplus.apply(x, beta))  # type: ignore[no-untyped-call]
 
 
 def only_input_moves(*dials: Dial) -> bool:
@@ -86,54 +87,46 @@ class _CTU(torch.autograd.Function):
 
 
 class _CenteredSoftplus(torch.autograd.Function):
-    """With `moves`, of `_BetaMoves`, which takes the gradient to beta."""
-
     @staticmethod
-    def forward(ctx: Any, x: Tensor, beta: Dial, moves: Tensor | None) -> Tensor:
-        ctx.dials = _Dials(ctx, x, beta)
+    def forward(ctx: Any, x: Tensor, beta: Dial) -> Tensor:
         with torch._C.DisableTorchFunction():
-            return blocked.centered_softplus(x, beta)
+            y, size = blocked.centered_softplus(x, beta)
+        keeps = ctx.needs_input_grad[1] and bends.difference_suffices(size)
+        ctx.dials = _Dials(ctx, x, beta, *([y] if keeps else []))
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, beta = ctx.dials.read(ctx)
-        grad, needs = grads[0], ctx.needs_input_grad
-        by_x = None
+        x, beta, *kept = ctx.dials.read(ctx)
+        grad, needs = grads[0], (ctx.needs_input_grad[0], _asks_for_beta(ctx))
+        if not _differentiable(grad):
+            with torch._C.DisableTorchFunction():
+                return blocked.centered_softplus_gradients(grad, x, beta, needs, *kept)
+        by_x = by_beta = None
         if needs[0] and _in_forward_mode():
             by_x = _sloped(_CENTERED_SLOPE, grad, x, beta)
-        elif needs[0] and _differentiable(grad):
-            by_x = _centered_sloped(grad, x, beta)
         elif needs[0]:
-            with torch._C.DisableTorchFunction():
-                by_x = _centered_times(grad, x, beta)
-        return by_x, None, grad if needs[2] else None
+            by_x = _centered_sloped(grad, x, beta)
+        if needs[1]:
+            by_beta = _summed(grad, plain.centered_softplus_slopes(x, beta)[1], beta)
+        return by_x, by_beta
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return _sloped(_CENTERED_SLOPE, tangent, *ctx.dials.read(ctx))
+        return _sloped(_CENTERED_SLOPE, tangent, *ctx.dials.read(ctx)[:2])
 
 
-class _BetaMoves(torch.autograd.Function):
-    """Zeros of the shape of x; their gradient, that of centered softplus, is passed on to beta.
+def _asks_for_beta(ctx: Any) -> bool:
+    """Whether this pass goes on to beta: a penalty on gradients asks for that in x alone.
 
-    A node of its own, so that a pass that asks for the gradient in x alone, as a penalty on
-    gradients does, leaves the sums out. For the same reason x comes in a list, where autograd sees
-    no way through this node to it; saved, it has its graph all the same.
+    `needs_input_grad` says only whether beta has a gradient; the sums cost more than the rest.
     """
-
-    @staticmethod
-    def forward(ctx: Any, beta: Tensor, inputs: list[Tensor]) -> Tensor:
-        (x,) = inputs
-        ctx.save_for_backward(beta, x)
-        return x.new_zeros(()).expand(x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (beta, x), grad = ctx.saved_tensors, grads[0]
-        if _differentiable(grad):
-            return _summed(grad, plain.centered_softplus_slopes(x, beta)[1], beta), None
-        with torch._C.DisableTorchFunction():
-            return blocked.centered_softplus_gradients(grad, x, beta, (False, True))[1], None
+    if not ctx.needs_input_grad[1]:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(ctx.next_functions[1][0]))
+    except RuntimeError:  # called by something else than autograd's engine
+        return True
 
 
 def _centered_sloped(g: Tensor, x: Tensor, beta: Dial) -> Tensor:

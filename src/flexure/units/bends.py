@@ -1,22 +1,34 @@
 """How centered softplus changes with its beta, summed; and how its slope changes. No graphs.
 
-The sums have two forms. In double precision, with a series near 0, they are right for every beta;
+The sums have three forms. In double precision, with a series near 0, they are right for every beta;
 they cost several times what the unit does. In the working precision they take a dozen cheap passes;
-their error is that of `log 2 - entropy`, which cancels where `beta·|x|` is small.
-`single_suffices` says when that is harmless.
+their error is that of `log 2 - entropy`, which cancels where `beta·|x|` is small. As a difference,
+given the unit's values, they take three; that cancels where `beta·|x|` is large, too.
+`single_suffices` and `difference_suffices` say when that is harmless.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flexure.units.layout import Totals, widest
-from flexure.units.plain import LN2, Dial
+from flexure.units.layout import Layout, Totals, widest
+from flexure.units.plain import LN2, SOFTPLUS_THRESHOLD, Dial
 
-__all__ = ["double_sums", "fused_suffices", "single_suffices", "single_sums", "slope_changes"]
+__all__ = [
+    "Bend",
+    "difference",
+    "difference_suffices",
+    "double_sums",
+    "fused_suffices",
+    "root_mean_square",
+    "single_suffices",
+    "single_sums",
+    "slope_changes",
+]
 
 # |x| counts as at most this much, so that its square stays finite.
 LARGEST_SQUARED = 1e18
@@ -36,57 +48,115 @@ FEWEST_ELEMENTS = 1 << 13
 _ONE = torch.ones(())
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+_softplus_backward = torch.ops.aten.softplus_backward.grad_input
 
 
-def single_suffices(x: Tensor, beta: float | None) -> bool:
-    """Whether the sums may be taken in the working precision.
+class Bend(NamedTuple):
+    """The constants of centered softplus: numbers, or tensors that broadcast against a block."""
+
+    beta: Dial
+    fall: Dial
+    """-beta"""
+    inverse: Dial
+    half: Tensor | None
+    """where beta = 0"""
+    relu: Tensor | None
+    """where beta = inf"""
+
+
+def root_mean_square(x: Tensor, beta: float | None) -> float:
+    """Of beta·x; nan for few elements, other dtypes, and devices that reading a number stalls.
+
+    Args:
+        x: dense.
+        beta: shared by all of its elements; None where they have several.
+    """
+    if (
+        beta is None
+        or x.numel() < FEWEST_ELEMENTS
+        or x.dtype != torch.float32
+        or x.device.type != "cpu"
+    ):
+        return math.nan
+    return beta * float(torch.linalg.vector_norm(x)) / math.sqrt(x.numel())
+
+
+def single_suffices(size: float) -> bool:
+    """Whether the sums may be taken in the working precision, by the `root_mean_square`.
 
     Where all of x is finite. Elsewhere than on the CPU double precision is kept.
-
-    Args:
-        x: dense.
-        beta: shared by all of its elements; None where they have several.
     """
-    return LEAST_ROOT_MEAN_SQUARE <= _root_mean_square(x, beta) < math.inf
+    return LEAST_ROOT_MEAN_SQUARE <= size < math.inf
 
 
-def fused_suffices(x: Tensor, beta: float | None) -> bool:
+def difference_suffices(size: float) -> bool:
+    """Whether the sums may be taken as a difference, by the `root_mean_square`."""
+    return LEAST_ROOT_MEAN_SQUARE <= size <= FUSED_ROOT_MEAN_SQUARES[1]
+
+
+def fused_suffices(size: float) -> bool:
     """Whether centered softplus may be taken as softplus less its value at 0, in one torch kernel.
 
-    Its error is a rounding of 1/beta, then below those of typical values.
-
-    Args:
-        x: dense.
-        beta: shared by all of its elements; None where they have several.
+    By the `root_mean_square`. Its error is a rounding of 1/beta, then below those of typical
+    values.
     """
     low, high = FUSED_ROOT_MEAN_SQUARES
-    return low <= _root_mean_square(x, beta) <= high
+    return low <= size <= high
+
+
+def difference(
+    g: Tensor, x: Tensor, y: Tensor, beta: float, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """`d = g·sigmoid(beta·x)`, and the sum of `(d·x - g·y)/beta`, in one sweep over blocks.
+
+    Args:
+        g: shape of x.
+        x: dense, in the working precision.
+        y: centered softplus of x, with its strides.
+        beta: shared by all elements.
+        layout: of x, flat.
+
+    Returns:
+        Of the shape of x, and `()` in float64.
+    """
+    if g.stride() != x.stride():
+        g = torch.empty_like(x).copy_(g)
+    by_x, parts = torch.empty_like(x), []
+    (room,) = layout.buffers(1, x.dtype)
+    for gb, xb, yb, db in zip(*map(layout.blocks, (g, x, y, by_x)), strict=True):
+        _softplus_backward(gb, xb, beta, SOFTPLUS_THRESHOLD, grad_input=db)
+        # Not two dot products: they gather rounding errors, and cancel, 1e-4 was measured.
+        change = torch.mul(db, xb, out=room[: len(xb)]).addcmul_(gb, yb, value=-1.0)
+        parts.append(torch.sum(change))
+    return by_x, widest(torch.stack(parts)).sum() / beta
 
 
 def single_sums(
-    x: Tensor, g: Tensor, room: tuple[Tensor, ...], beta: float, totals: Totals
+    x: Tensor, g: Tensor, room: tuple[Tensor, ...], k: Bend, totals: Totals, _: object
 ) -> None:
     """`g·B(t)`, `t = beta·|x|`, `B = log(2·(1 - s)) - t·s`, `s = sigmoid(-t)`; beta² times."""
     t, s, bent = room[:3]
-    torch.abs(x, out=t).mul_(-beta)
+    torch.abs(x, out=t).mul_(k.fall)
     torch.sigmoid(t, out=s)
     torch.sub(_ONE, s, alpha=2.0, out=bent).log1p_().addcmul_(t, s)
     # Not a dot product, which gathers one sign's rounding errors: 2e-5 of a block was measured.
     totals.put(0, torch.sum(torch.mul(g, bent, out=t)))
 
 
-def double_sums(x: Tensor, g: Tensor, beta: Dial, relu: Tensor | None, totals: Totals) -> None:
+def double_sums(
+    x: Tensor, g: Tensor, room: tuple[Tensor, ...], k: Bend, totals: Totals, _: object
+) -> None:
     """`g·x²·E(t)`, `t = beta·|x|`, `E = (log(2/(1+e^-t)) - t·sigmoid(-t))/t²`, in float64."""
     x, g = widest(x), widest(g)
-    beta = widest(beta) if isinstance(beta, Tensor) else beta
+    beta = widest(k.beta) if isinstance(k.beta, Tensor) else k.beta
     a = torch.abs(x).clamp_max_(LARGEST_SQUARED)
     t = (a * beta).clamp_max_(LARGEST_SQUARED)
     bent = LN2 - torch.log1p(torch.exp(-t)) - t * torch.sigmoid(-t)
     square = t * t
     series = (1.0 - square / 8.0 + square * square / 72.0) / 8.0
     e = torch.where(t < BEND_SERIES_UP_TO, series, bent / square)
-    if relu is not None:
-        e = torch.where(relu, 0.0, e)
+    if k.relu is not None:
+        e = torch.where(k.relu, 0.0, e)
     totals.add(0, g, a * a * e, torch.empty_like(a))
 
 
@@ -123,15 +193,3 @@ def _finite(beta: Dial) -> tuple[Dial, Dial, Dial]:
         return near, factor, 1.0 - endless.to(beta.dtype)
     number = float(beta)
     return (1.0, 0.0, 0.0) if math.isinf(number) else (number, number, 1.0)
-
-
-def _root_mean_square(x: Tensor, beta: float | None) -> float:
-    """Of beta·x; nan for few elements, other dtypes, and devices that reading a number stalls."""
-    if (
-        beta is None
-        or x.numel() < FEWEST_ELEMENTS
-        or x.dtype != torch.float32
-        or x.device.type != "cpu"
-    ):
-        return math.nan
-    return beta * float(torch.linalg.vector_norm(x)) / math.sqrt(x.numel())

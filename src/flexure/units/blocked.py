@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from flexure.units import bends
+from flexure.units.bends import Bend
 from flexure.units.kernels import calls
 from flexure.units.layout import Layout, Totals, dense, widest
 from flexure.units.plain import LN2, SOFTPLUS_THRESHOLD, Dial, at_least, at_most, working_dtype
@@ -98,19 +99,23 @@ def ctu_gradients(
     return by_x, by_beta, by_c
 
 
-def centered_softplus(x: Tensor, beta: Dial, *, inplace: bool = False) -> Tensor:
-    """The values `relu(x) + log1p(expm1(-beta·|x|)/2)/beta`; arguments as in `ctu`."""
+def centered_softplus(x: Tensor, beta: Dial) -> tuple[Tensor, float]:
+    """The values `relu(x) + log1p(expm1(-beta·|x|)/2)/beta`, and `bends.root_mean_square`."""
     source = dense(x)
     layout = Layout.of(source, _tensors(beta))
     k = _bend(layout, beta, working_dtype(x))
-    fused = bends.fused_suffices(source, _number(k, layout))
-    return _map(_centered_fused if fused else _centered_values, x, source, layout, k, inplace)
+    size = bends.root_mean_square(source, _number(k, layout))
+    kernel = _centered_fused if bends.fused_suffices(size) else _centered_values
+    return _map(kernel, x, source, layout, k, False), size
 
 
 def centered_softplus_gradients(
-    grad: Tensor, x: Tensor, beta: Dial, needs: tuple[bool, bool]
+    grad: Tensor, x: Tensor, beta: Dial, needs: tuple[bool, bool], y: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`grad` times the derivatives in x and in beta, the latter summed to its shape."""
+    """`grad` times the derivatives in x and in beta, the latter summed to its shape.
+
+    With the values `y` only where `bends.difference_suffices`.
+    """
     x = dense(x)
     layout = Layout.of(x, _tensors(beta))
     totals = Totals(layout, 1, widest(x.new_empty(0)).dtype)
@@ -118,11 +123,15 @@ def centered_softplus_gradients(
     number = _number(k, layout)
     if number is not None and needs == (True, False) and x.dtype == working_dtype(x):
         return _aten.softplus_backward(grad, x, number, SOFTPLUS_THRESHOLD), None
-    k = k._replace(single=needs[1] and bends.single_suffices(x, number))
-    by_x = _sweep(_centered_backward, _centered_sums, grad, x, layout, k, totals, needs)
+    if number is not None and y is not None and isinstance(beta, Tensor) and needs[1]:
+        sloped, change = bends.difference(grad, x, y, number, layout)
+        return sloped if needs[0] else None, change.reshape(beta.shape).to(beta.dtype)
+    single = needs[1] and bends.single_suffices(bends.root_mean_square(x, number))
+    sums = bends.single_sums if single else bends.double_sums
+    by_x = _sweep(_centered_backward, sums, grad, x, layout, k, totals, needs)
     by_beta = None
     if needs[1] and isinstance(beta, Tensor):
-        total = totals.result(0) if not k.single else totals.result(0) * k.inverse * k.inverse
+        total = totals.result(0) if not single else totals.result(0) * k.inverse * k.inverse
         by_beta = layout.gather(total, beta).to(beta.dtype)
     return by_x, by_beta
 
@@ -145,22 +154,7 @@ class _Coefficients(NamedTuple):
     """where beta = 1"""
 
 
-class _Bend(NamedTuple):
-    """The constants of centered softplus."""
-
-    beta: Dial
-    fall: Dial
-    """-beta"""
-    inverse: Dial
-    half: Tensor | None
-    """where beta = 0"""
-    relu: Tensor | None
-    """where beta = inf"""
-    single: bool = False
-    """whether sums may be taken in the working precision"""
-
-
-_K = TypeVar("_K", _Coefficients, _Bend)
+_K = TypeVar("_K", _Coefficients, Bend)
 
 
 def _map(
@@ -282,7 +276,7 @@ def _ctu_sums(
         totals.add(2, ga, p.div_(q), spare)
 
 
-def _centered_values(x: Tensor, y: Tensor, a: Tensor, s: Tensor, k: _Bend) -> None:
+def _centered_values(x: Tensor, y: Tensor, a: Tensor, s: Tensor, k: Bend) -> None:
     torch.abs(x, out=a)
     torch.mul(a, k.fall, out=s).clamp_min_(-SOFTPLUS_THRESHOLD).expm1_().mul_(0.5).log1p_()
     torch.clamp_min(x, 0.0, out=y)
@@ -293,31 +287,17 @@ def _centered_values(x: Tensor, y: Tensor, a: Tensor, s: Tensor, k: _Bend) -> No
         y.copy_(torch.where(k.relu, torch.clamp_min(x, 0.0), y))
 
 
-def _centered_fused(x: Tensor, y: Tensor, a: Tensor, s: Tensor, k: _Bend) -> None:
+def _centered_fused(x: Tensor, y: Tensor, a: Tensor, s: Tensor, k: Bend) -> None:
     _softplus(x, k.beta, SOFTPLUS_THRESHOLD, out=y)
     y.sub_(k.inverse, alpha=LN2)
 
 
-def _centered_backward(x: Tensor, g: Tensor, y: Tensor, s: Tensor, k: _Bend) -> None:
+def _centered_backward(x: Tensor, g: Tensor, y: Tensor, s: Tensor, k: Bend) -> None:
     _sigmoid_times(g, x, k.beta, y)
     if k.half is not None:
         y.copy_(torch.where(k.half, 0.5 * g, y))
     if k.relu is not None:
         y.copy_(torch.where(k.relu, torch.where(x > 0, g, 0.0), y))
-
-
-def _centered_sums(
-    x: Tensor,
-    g: Tensor,
-    room: tuple[Tensor, ...],
-    k: _Bend,
-    totals: Totals,
-    needs: tuple[bool, ...],
-) -> None:
-    if k.single and not isinstance(k.beta, Tensor):
-        bends.single_sums(x, g, room, k.beta, totals)
-    else:
-        bends.double_sums(x, g, k.beta, k.relu, totals)
 
 
 def _coefficients(layout: Layout, beta: Dial, c: Dial, dtype: torch.dtype) -> _Coefficients:
@@ -330,15 +310,15 @@ def _coefficients(layout: Layout, beta: Dial, c: Dial, dtype: torch.dtype) -> _C
     return _Coefficients._make([*(_narrow(v, dtype) for v in k), _mask(width == 0, layout)])
 
 
-def _bend(layout: Layout, beta: Dial, dtype: torch.dtype) -> _Bend:
+def _bend(layout: Layout, beta: Dial, dtype: torch.dtype) -> Bend:
     b = _wide(layout, beta)
     finite = at_most(at_least(b, NO_BEND), LARGEST_ARGUMENT)
     k = (finite, -finite, 1.0 / finite)
     masks = _mask(b < NO_BEND, layout), _mask(b == math.inf, layout)
-    return _Bend._make([*(_narrow(v, dtype) for v in k), *masks, False])
+    return Bend._make([*(_narrow(v, dtype) for v in k), *masks])
 
 
-def _number(k: _Bend, layout: Layout) -> float | None:
+def _number(k: Bend, layout: Layout) -> float | None:
     """The beta of all elements, where that is one number, neither 0 nor inf."""
     ends = k.half is not None or k.relu is not None
     return None if isinstance(k.beta, Tensor) or layout.varies or ends else k.beta

@@ -128,7 +128,7 @@ def centered_softplus(x: Tensor, beta: float | Tensor) -> Tensor:
     if forward_ad._current_level >= 0 or _records(x, beta):
         return autograd.centered_softplus(x, beta)
     with torch._C.DisableTorchFunction():
-        return blocked.centered_softplus(x, beta)
+        return blocked.centered_softplus(x, beta)[0]
 
 
 def ctu_slope(x: Tensor, beta: float | Tensor, c: float | Tensor | str = 0.5) -> Tensor:
