@@ -681,6 +681,12 @@ def test_training_labels_that_the_head_has_no_class_for(labels: list[int]) -> No
     assert torch.equal(model.weight, before)
 
 
+def test_a_batch_without_a_label_that_counts() -> None:
+    y = torch.full((4,), -100)
+    with pytest.raises(DataError, match="4 labels of -100"):
+        fit(nn.Linear(2, 3), [(torch.randn(4, 2), y)], epochs=1, seed=0)
+
+
 def test_labels_of_minus_100_do_not_count() -> None:
     model, x = nn.Linear(2, 3), torch.rand(4, 2)
     expected = nn.functional.cross_entropy(model(x[:2]), torch.tensor([0, 2])).item()

@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flexure.contracts import FlexureError, Step
 from flexure.train import fit
@@ -301,3 +302,19 @@ def test_what_is_left_out_of_compilation_is_no_compiled_network():
 
     x, y = labelled()
     fit(Left(), [(x, y)], epochs=1, seed=0, penalties={Asking(squared): 1.0})
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.reentrant = Counting(), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+def test_activation_checkpoints_need_another_setting():
+    x, y = labelled()
+    assert "use_reentrant=False" in refused(Checkpointed(True), x, y)
+    step = step_of(Checkpointed(False), x, y)
+    assert torch.equal(step.input_gradient(), step_of(Counting(), x, y).input_gradient())

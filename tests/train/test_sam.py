@@ -190,6 +190,13 @@ def test_a_radius_that_does_not_fit(rho):
         SAM(rho)
 
 
+def test_an_optimiser_that_asks_for_a_closure_is_refused():
+    model = network()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(FlexureError, match="LBFGS, whose step needs a closure"):
+        fit(model, batches(), epochs=1, seed=0, update=SAM(), optimizer=optimizer)
+
+
 def test_settings_and_the_missing_library(monkeypatch):
     with pytest.raises(FlexureError, match="expected adaptive to be True or False, got 1"):
         SAM(adaptive=1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flexure.calling import logits_of
-from flexure.contracts import FlexureError, Penalty
+from flexure.contracts import DataError, FlexureError, Penalty
 from flexure.train.checkpoint import Checkpoint
 from flexure.train.step import IGNORED
 from flexure.train.validation import check_labels
@@ -29,6 +29,7 @@ __all__ = [
     "default_optimizer",
     "device_of",
     "named",
+    "needs_closure",
     "place_of",
 ]
 
@@ -76,13 +77,18 @@ def check_optimizer(optimizer: Any, update: Any) -> None:
         raise FlexureError(
             f"expected an optimiser of torch.optim, got {optimizer!r}; make one of the parameters"
         )
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if update is None and closure is not None and closure.default is inspect.Parameter.empty:
+    if update is None and needs_closure(optimizer):
         raise FlexureError(
             f"expected an optimiser that steps once a gradient, got {type(optimizer).__name__}, "
             f"whose step needs a closure; pass update=lambda backward, optimizer: "
             f"optimizer.step(backward)"
         )
+
+
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step asks for gradients at several weights, as that of LBFGS does."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def compute_in(model: nn.Module, precision: Any) -> tuple[str, torch.dtype] | None:
@@ -205,11 +211,18 @@ def cross_entropy(output: Any, y: Tensor) -> Tensor:
     """The default loss; labels of -100 do not count, as in torch.
 
     Raises:
-        DataError: labels that are not classes of the logits.
+        DataError: labels that are not classes of the logits, or none that counts.
     """
     logits = logits_of(output)
-    if logits.ndim > 1 and not y.is_floating_point() and bool((counted := y != IGNORED).any()):
-        check_labels(logits, y[counted], "a training batch")
+    if logits.ndim > 1 and not y.is_floating_point():
+        counted = y[y != IGNORED]
+        if not len(counted):
+            raise DataError(
+                f"expected a label that counts in each training batch (and in each process's share "
+                f"of it), got {y.numel()} labels of {IGNORED}, which are left out; leave that "
+                f"batch out, or shuffle the samples"
+            )
+        check_labels(logits, counted, "a training batch")
     return nn.functional.cross_entropy(logits, y)
 
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from flexure.addresses import import_extra
 from flexure.contracts import FlexureError, is_number
+from flexure.train.arguments import needs_closure
 
 __all__ = ["SAM"]
 
@@ -42,6 +43,7 @@ class SAM:
 
     Raises:
         FlexureError: `rho` is not positive and finite, or `adaptive` no bool.
+        FlexureError: when called, the optimiser's step needs a closure (LBFGS).
         MissingExtraError: when called, pytorch_optimizer is not installed.
 
     Example:
@@ -62,6 +64,12 @@ class SAM:
 
     def __call__(self, backward: Callable[[], float], optimizer: Optimizer) -> float:
         """One update; see `flexure.contracts.UpdateRule`."""
+        if needs_closure(optimizer):
+            raise FlexureError(
+                f"expected an optimiser that steps once a gradient, got "
+                f"{type(optimizer).__name__}, whose step needs a closure; give fit another one, "
+                f"such as torch.optim.SGD, or leave SAM out"
+            )
         library = import_extra("pytorch_optimizer", install="pip install 'flexure[sam]'")
         # Groups of its own, of the same parameters: it writes its settings into them.
         groups = [{"params": list(group["params"])} for group in optimizer.param_groups]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexure.addresses import first_line
 from flexure.calling import call_model, map_tensors, rows_of, take, unwritten
 from flexure.contracts import DataError, FlexureError
 from flexure.measure.fields import point_of
@@ -175,9 +176,7 @@ class TrainingStep:
 
     def _rows(self, loss: Tensor, point: Tensor) -> Tensor:
         """The gradients of the samples' losses at a point, of their mean."""
-        gradient = None
-        if loss.requires_grad:
-            (gradient,) = torch.autograd.grad(loss, point, create_graph=True, allow_unused=True)
+        gradient = _gradient(loss, point) if loss.requires_grad else None
         if gradient is None:
             raise FlexureError(
                 "expected a loss that depends on the input, got one that does not (an input that "
@@ -214,6 +213,19 @@ class TrainingStep:
             return largest
         own = [float(largest) if i == processes.index else 0.0 for i in range(processes.count)]
         return torch.tensor(processes.sums(own), dtype=torch.float64).max().to(largest)
+
+
+def _gradient(loss: Tensor, point: Tensor) -> Tensor | None:
+    try:
+        return torch.autograd.grad(loss, point, create_graph=True, allow_unused=True)[0]
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise FlexureError(
+            f"expected a network that can be differentiated in its input, got: "
+            f"{first_line(error)}; where it saves memory by torch.utils.checkpoint, call that with "
+            f"use_reentrant=False, else leave penalties of the input gradient out"
+        ) from error
 
 
 def scalar(name: str, value: Any) -> Tensor:
