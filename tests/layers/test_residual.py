@@ -22,7 +22,7 @@ def test_value_and_derivatives(factor: float) -> None:
     assert f"factor={factor:g}" in repr(layer)
 
 
-@pytest.mark.parametrize("factor", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("factor", [0.0, math.nan, math.inf, "a", None, True])
 def test_bad_factors(factor: float) -> None:
     with pytest.raises(FlexureError, match=r"expected a factor .* got .*; give"):
         ResidualSum(factor)

@@ -169,6 +169,185 @@ def test_what_is_no_sum_is_listed_with_its_reason(name: str) -> None:
     assert "left: " in str(report)
 
 
+def _written(a: Tensor, b: Tensor) -> Tensor:
+    out = torch.empty(2, *a.shape)
+    out[0], out[1] = a, b
+    return out
+
+
+def _copied(a: Tensor, b: Tensor) -> Tensor:
+    out = torch.empty(2, *a.shape)
+    out[0].copy_(a)
+    out[1].copy_(b)
+    return out
+
+
+MIXING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "view of a concatenation": lambda a, b: torch.cat([a, b], 1).view(-1, 2, 4).sum(1),
+    "unflattened": lambda a, b: torch.cat([a, b], 1).unflatten(1, (2, 4)).mean(1),
+    "unfolded": lambda a, b: torch.cat([a, b], 1).unfold(1, 4, 4).sum(1),
+    "concatenated samples": lambda a, b: F.relu(torch.cat([a, b])).view(2, -1, 4).sum(0),
+    "new axes": lambda a, b: torch.cat([a[None], b[None]]).float().mean(0),
+    "scaled stack": lambda a, b: (torch.stack([a, b]) * 0.5).sum(0),
+    "contiguous": lambda a, b: torch.stack([a, b], 1).contiguous().sum(1),
+    "permuted": lambda a, b: torch.stack([a, b], 2).permute(2, 0, 1).clone().sum(0),
+    "through a layer": lambda a, b: F.linear(torch.stack([a, b]), torch.eye(4)).sum(0),
+    "nested": lambda a, b: torch.cat([torch.cat([a, b], 1), a], 1).view(-1, 3, 4)[:, :2].sum(1),
+    "cumsum": lambda a, b: torch.stack([a, b]).cumsum(0)[-1],
+    "einsum": lambda a, b: torch.einsum("sbd->bd", torch.stack([a, b])),
+    "weighted einsum": lambda a, b: torch.einsum("sbd,s->bd", torch.stack([a, b]), torch.ones(2)),
+    "matmul": lambda a, b: (torch.ones(1, 2) @ torch.stack([a, b], 1)).squeeze(1),
+    "linear": lambda a, b: F.linear(torch.stack([a, b], -1), torch.ones(1, 2)).squeeze(-1),
+    "tensordot": lambda a, b: torch.tensordot(torch.ones(2), torch.stack([a, b]), dims=1),
+    "avg_pool": lambda a, b: F.avg_pool1d(torch.stack([a, b], -1), 2).squeeze(-1),
+    "conv": lambda a, b: F.conv1d(torch.stack([a, b], 1), torch.ones(1, 2, 1)).squeeze(1),
+    "setitem": lambda a, b: _written(a, b).sum(0),
+    "copy_": lambda a, b: _copied(a, b).mean(0),
+    "setitem into a signal": lambda a, b: (
+        lambda o: (o.__setitem__((slice(None), 0), b[:, 0]), o)[1]
+    )(a.clone()).cumsum(1),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_sums_over_joined_values_are_refused(name: str) -> None:
+    mix = MIXING[name]
+    report = find_sums(nn.Sequential(Block(lambda m, a, b: mix(a, b))), torch.randn(3, 4))
+    assert report.sums == ()
+    (refused,) = report.refused
+    assert "stacked or joined" in refused.reason
+    assert refused.caller == "0"
+
+
+APART: dict[str, Callable[[Block, Tensor, Tensor], Tensor]] = {
+    "layer after a concatenation": lambda m, a, b: F.linear(torch.cat([a, b], 1), torch.ones(2, 8)),
+    "concatenated channels": lambda m, a, b: F.conv1d(
+        F.batch_norm(torch.cat([a[:, None], b[:, None]], 1), torch.zeros(2), torch.ones(2)),
+        torch.ones(3, 2, 1),
+    ).mean(2),
+    "pooled over space": lambda m, a, b: F.avg_pool1d(
+        torch.cat([a[:, None], b[:, None]], 1), 4
+    ).flatten(1),
+    "shuffled channels": lambda m, a, b: (
+        torch.cat([a, b], 1).view(-1, 2, 4).transpose(1, 2).flatten(1) @ torch.ones(8, 4)
+    ),
+    "mean over space": lambda m, a, b: torch.stack([a, b], 1).mean(2),
+    "one of a stack": lambda m, a, b: torch.stack([a, b])[1].sum(1, keepdim=True),
+    "unbound": lambda m, a, b: torch.stack([a, b]).unbind()[0].cumsum(1),
+    "chunked": lambda m, a, b: torch.cat([a, b], 1).chunk(2, 1)[0].sum(1, keepdim=True),
+    "split": lambda m, a, b: m.linear(torch.cat([a, b], 1).split(4, 1)[1]).mean(1, keepdim=True),
+    "with a constant": lambda m, a, b: torch.cat([a, m.bias.expand(3, 4)], 1).sum(1, keepdim=True),
+    "padded": lambda m, a, b: (lambda o: (o.__setitem__((slice(None), slice(4)), a), o)[1])(
+        torch.zeros(3, 6)
+    ).sum(1, keepdim=True),
+    "layer of a stack": lambda m, a, b: m.linear(torch.stack([a, b]))[0],
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_joined_values_that_stay_apart_are_no_sums(name: str) -> None:
+    report = find_sums(nn.Sequential(Block(APART[name])), torch.randn(3, 4))
+    assert (report.sums, report.refused) == ((), ())
+
+
+def test_parts_of_joined_values_may_be_added() -> None:
+    def add(m: Block, a: Tensor, b: Tensor) -> Tensor:
+        both = torch.stack([a, b])
+        return both[0] + both[1]
+
+    model, x = nn.Sequential(Block(add)), torch.randn(3, 4)
+    report = find_sums(model, x)
+    assert (len(report.sums), report.refused) == (1, ())
+    before = model(x)
+    with scale_sums(model, report, 0.5):
+        torch.testing.assert_close(model(x), before / 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "leave"),
+    [
+        ("numpy", lambda a: torch.from_numpy(a.detach().numpy().copy())),
+        ("tolist", lambda a: torch.tensor(a.tolist())),
+        ("item", lambda a: torch.full_like(a, a.mean().item())),
+        ("__float__", lambda a: torch.full(a.shape, float(a.mean()))),
+    ],
+)
+def test_values_that_leave_pytorch_are_listed(name: str, leave) -> None:
+    model = nn.Sequential(Block(lambda m, a, b: leave(a) + b))
+    report = find_sums(model, torch.randn(3, 4))
+    assert any(name in each.name and "out of PyTorch" in each.reason for each in report.refused)
+
+
+def test_complex_sums_are_listed() -> None:
+    def add(m: Block, a: Tensor, b: Tensor) -> Tensor:
+        total = torch.view_as_complex(a.view(-1, 2, 2)) + torch.view_as_complex(b.view(-1, 2, 2))
+        return torch.view_as_real(total).flatten(1)
+
+    report = find_sums(nn.Sequential(Block(add)), torch.randn(3, 4))
+    assert report.sums == ()
+    assert any("complex" in each.reason for each in report.refused)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_additions_of_hooks_are_refused_and_do_not_disturb(before: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), Block(lambda m, a, b: a + b)), torch.randn(3, 4)
+    if before:
+        model[1].register_forward_pre_hook(lambda module, args: (args[0] + args[0].flip(0),))
+        model[1].register_forward_pre_hook(
+            lambda module, args: (torch.ones(2) + module.bias[:2], None)[1]
+        )
+    else:
+        model[1].register_forward_hook(lambda module, args, output: output + args[0])
+        model[1].register_forward_hook(lambda *_: (torch.ones(2) + torch.ones(2), None)[1])
+    report = find_sums(model, x)
+    assert [found.name for found in report.sums] == ["1:0"]
+    (refused,) = report.refused
+    assert "in a hook" in refused.reason
+    plain = model(x)
+    h = model[0](x)
+    h = h + h.flip(0) if before else h
+    expected = (model[1].linear(h) + h) / 2 + (0 if before else h)
+    with scale_sums(model, report, 0.5):
+        torch.testing.assert_close(model(x), expected)
+    assert torch.equal(model(x), plain)
+
+
+def test_additions_of_training_alone() -> None:
+    class Noisy(nn.Module):
+        def __init__(self, inner: bool) -> None:
+            super().__init__()
+            self.linear, self.noise = nn.Linear(4, 4), Noise()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x + self.linear(x)
+            if self.inner:
+                return self.noise(y)
+            return y + 0 * torch.randn_like(y) if self.training else y
+
+    class Noise(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 0 * torch.randn_like(x) if self.training else x
+
+    x = torch.randn(3, 4)
+    for inner in (True, False):
+        model = Noisy(inner)
+        with scale_sums(model, find_sums(model, x), 0.5):
+            if inner:
+                torch.testing.assert_close(model.train()(x), (x + model.linear(x)) / 2)
+            else:
+                with pytest.raises(SiteError, match=r"train mode alone .* submodule of its own"):
+                    model.train()(x)
+
+
+def test_a_scaled_model_says_so() -> None:
+    model, x, report = built("cifar")
+    assert not report.scaled
+    with scale_sums(model, report, 0.5):
+        assert find_sums(copy.deepcopy(model), x).summary.endswith("sums are scaled already")
+    assert not find_sums(model, x).scaled
+
+
 def test_constants_are_no_signals() -> None:
     model, tokens = Positions(), torch.randint(0, 10, (2, 5))
     report = find_sums(model, tokens)
@@ -560,8 +739,10 @@ def test_found_in_the_forward_of_a_wrapped_model() -> None:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("factor", [0.0, math.nan, math.inf])
-    def test_factor(self, factor: float) -> None:
+    @pytest.mark.parametrize(
+        "factor", [0.0, math.nan, math.inf, "a", None, True, torch.tensor(0.5)]
+    )
+    def test_factor(self, factor: Any) -> None:
         model, _, report = built("cifar")
         with pytest.raises(FlexureError, match=r"expected a factor .* got .*; give"):
             scale_sums(model, report, factor)

@@ -6,6 +6,7 @@ Sums of other people's networks are found and scaled by `flexure.surgery.sums`.
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 from torch import Tensor, nn
 
@@ -53,7 +54,9 @@ def check_factor(factor: float) -> None:
     Raises:
         FlexureError: it is 0 or not finite.
     """
-    if not math.isfinite(factor) or factor == 0:
+    number = isinstance(factor, Real) and not isinstance(factor, bool)
+    if not number or not math.isfinite(factor) or factor == 0:
         raise FlexureError(
-            f"expected a factor other than 0, and finite, got {factor}; give 0.5, for example"
+            f"expected a factor other than 0, a finite number, got {factor!r}; give 0.5, for "
+            f"example"
         )

@@ -18,7 +18,16 @@ from torch.overrides import TorchFunctionMode
 
 from flexure.contracts import SiteError
 
-__all__ = ["Enter", "Frame", "Leave", "Step", "forget_compiled", "framed", "run_as_python"]
+__all__ = [
+    "MODULE_CALL",
+    "Enter",
+    "Frame",
+    "Leave",
+    "Step",
+    "forget_compiled",
+    "framed",
+    "run_as_python",
+]
 
 Step: TypeAlias = "tuple[str, Any, str | None]"
 """One call of a caller: what it is, what the frame does to it (None: let it pass), its name."""
@@ -147,7 +156,7 @@ class Frame(TorchFunctionMode):
         The latter makes calls that were counted while it was compiled.
         """
         generated = frame.f_code.co_filename.startswith(_GENERATED)
-        return frame.f_code is _MODULE_CALL or (
+        return frame.f_code is MODULE_CALL or (
             generated and frame.f_locals.get("self") is not self.module
         )
 
@@ -169,7 +178,9 @@ class Frame(TorchFunctionMode):
             frame = frame.f_back
 
 
-_MODULE_CALL = nn.Module._call_impl.__code__
+MODULE_CALL = nn.Module._call_impl.__code__
+"""The code of a call of any module."""
+
 _GENERATED = "<eval_with_key>"
 """File name of the code of graphs (torch.fx)."""
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils.weak import WeakIdKeyDictionary
 
+from flexure.surgery.frames import MODULE_CALL
+from flexure.surgery.joined import STACKS, Joins
 from flexure.units.catalogue import read_module
 
 __all__ = ["Addition", "SumWatch", "is_activation", "read_addition"]
@@ -107,7 +110,7 @@ class SumWatch(TorchFunctionMode):
         self.stack = [_Entered(nn.Module(), hidden=False)]
         self.order = 0
         self._depends: Any = WeakIdKeyDictionary()
-        self._stacked: Any = WeakIdKeyDictionary()
+        self._joins = Joins()
         self._own = {id(t) for t in (*model.parameters(), *model.buffers(), *_attributes(model))}
 
     def follow(self, example: Any) -> None:
@@ -122,7 +125,8 @@ class SumWatch(TorchFunctionMode):
         for module in self.model.modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 handles.append(module.register_forward_pre_hook(self._enter))
-                handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+                leave = module.register_forward_hook(self._leave, with_kwargs=True, prepend=True)
+                handles.append(leave)
         try:
             yield
         finally:
@@ -137,10 +141,11 @@ class SumWatch(TorchFunctionMode):
         out = func(*args, **kwargs)
         top = self.stack[-1]
         addition = read_addition(func, args, kwargs)
+        mixed = bool(inputs) and self._joins.mixed(func, name, args, kwargs, inputs, out)
         if addition is not None and not top.hidden:
-            top.additions.append(self._addition(args, kwargs, *addition, inputs, out))
+            self._added(func, self._addition(args, kwargs, *addition, inputs, out))
         elif not top.hidden:
-            self._combined(func, name, inputs, out)
+            self._combined(func, name, inputs, out, mixed)
         results = list(_tensors((out, kwargs.get("out"))))
         if name == "__setitem__":
             results.append(args[0])
@@ -148,8 +153,6 @@ class SumWatch(TorchFunctionMode):
             self._depends[x] = bool(inputs) and name not in _FROM_SHAPES
             if x._base is not None and self._depends[x]:
                 self._depends[x._base] = True
-            if name in _STACKS and len(inputs) > 1:
-                self._stacked[x] = True
         return out
 
     def _enter(self, module: nn.Module, args: Any) -> None:
@@ -184,18 +187,36 @@ class SumWatch(TorchFunctionMode):
         signals = {id(first), id(second)} <= found
         return Addition(tuple(out.shape), inplace, signals, reason, self.order)
 
-    def _combined(self, func: Any, name: str, inputs: list[Tensor], out: Any) -> None:
-        """Notes a function that combines signals."""
-        plain = name.strip("_")
-        floating = [x for x in inputs if x.is_floating_point()]
-        stacked = plain in _REDUCTIONS and any(x in self._stacked for x in inputs)
-        several = len(floating) > 1 and name not in _HARMLESS
-        if not stacked and (not several or not _makes_floats(out)):
+    def _added(self, func: Any, addition: Addition) -> None:
+        """Notes an addition of the module that runs; one of a hook is nobody's."""
+        if not self._in_forward():
+            if addition.signals:
+                self._note(func, "add", _HOOK)
             return
-        reason = _STACK if stacked else _REASONS.get(plain, _OTHER)
-        top = self.stack[-1].module
+        self.stack[-1].additions.append(addition)
+
+    def _in_forward(self) -> bool:
+        """Whether the running module's own `forward` calls, and no hook."""
+        frame: Any = sys._getframe(2)
+        while frame is not None and frame.f_code is not MODULE_CALL:
+            frame = frame.f_back
+        return frame is None or frame.f_locals.get("self") is self.stack[-1].module
+
+    def _combined(self, func: Any, name: str, inputs: list[Tensor], out: Any, mixed: bool) -> None:
+        """Notes a function that combines signals, or takes one out of sight."""
+        plain = name.strip("_")
+        numbers = [x for x in inputs if x.is_floating_point() or x.is_complex()]
+        several = len(numbers) > 1 and name not in _HARMLESS and _makes_numbers(out)
+        if name in _LEAVING and numbers:
+            self._note(func, name, _GONE)
+        elif several:
+            self._note(func, name, _REASONS.get(plain, _OTHER))
+        elif mixed:
+            self._note(func, name, _STACK)
+
+    def _note(self, func: Any, name: str, reason: str) -> None:
         title = resolve_name(func) or name
-        caller = self.paths.get(id(top), "")
+        caller = self.paths.get(id(self.stack[-1].module), "")
         self.combinations.append(Combination(title, caller, reason, self.order))
 
 
@@ -216,16 +237,22 @@ _FROM_SHAPES = _names(
     "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros "
     "new_ones new_empty new_full new_tensor"
 )
-_STACKS = _names("stack cat concat concatenate hstack vstack dstack column_stack")
-_HARMLESS = _STACKS | _names(
+_HARMLESS = STACKS | _names(
     "where copy_ __setitem__ masked_scatter masked_scatter_ view_as reshape_as expand_as type_as "
     "to index_copy index_copy_ scatter scatter_ index_put index_put_"
 )
 """What puts values beside each other, or takes only a shape or dtype from one of them."""
 
-_REDUCTIONS = _names("sum mean nansum nanmean")
+_LEAVING = _names("numpy __array__ tolist item __float__ __complex__")
+"""What makes something else of a tensor than a tensor: `x.numpy()`, `float(x)`."""
 
 _STACK = "sums over values that were stacked or joined; write their sum as a + b"
+_GONE = "takes a value out of PyTorch, where nobody sees what becomes of it; compute with tensors"
+_HOOK = (
+    "adds in a hook, or in a module that the model does not have as a submodule; add in the "
+    "forward of a submodule"
+)
+_COMPLEX = "adds what cannot be followed (complex values, say); write a + b of real ones"
 _PRODUCT = "a product of two values that depend on the input is no sum of theirs"
 _DIFFERENCE = "subtracts a value that depends on the input; write a + (-b)"
 _MIXTURE = "mixes values in one function, with weights of its own; write a + b"
@@ -235,6 +262,7 @@ _REASONS: Mapping[str, str] = {
     **dict.fromkeys(_names("mul multiply matmul mm bmm mv dot inner outer einsum"), _PRODUCT),
     **dict.fromkeys(_names("bilinear rmatmul tensordot linear div divide true_divide"), _PRODUCT),
     **dict.fromkeys(_names("sub subtract rsub"), _DIFFERENCE),
+    **dict.fromkeys(_names("add iadd radd"), _COMPLEX),
     **dict.fromkeys(_names("addcmul addcdiv lerp addmm addbmm baddbmm addmv addr"), _MIXTURE),
     **dict.fromkeys(
         _names("scaled_dot_product_attention multi_head_attention_forward"), _ATTENTION
@@ -254,8 +282,8 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
-def _makes_floats(out: Any) -> bool:
-    return any(x.is_floating_point() for x in _tensors(out))
+def _makes_numbers(out: Any) -> bool:
+    return any(x.is_floating_point() or x.is_complex() for x in _tensors(out))
 
 
 def _attributes(model: nn.Module) -> Iterator[Tensor]:

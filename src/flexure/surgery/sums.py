@@ -76,11 +76,13 @@ class SumReport:
         refused: what it leaves, each with its reason.
         routes: for each caller of sums, its additions of two tensors in order: the index of the
             sum, or None for another addition.
+        scaled: whether `scale_sums` had scaled sums of the model when it was looked at.
     """
 
     sums: tuple[Sum, ...]
     refused: tuple[UnscaledSum, ...] = ()
     routes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict, repr=False)
+    scaled: bool = False
 
     def rows(self) -> list[dict[str, str]]:
         """The report as a table: one dict a row, by column."""
@@ -102,7 +104,8 @@ class SumReport:
     def summary(self) -> str:
         """One line."""
         count = f"{len(self.sums)} residual sum{'s' * (len(self.sums) != 1)}"
-        return f"{count}; {len(self.refused)} other ways in which branches meet"
+        scaled = "; the model's sums are scaled already" if self.scaled else ""
+        return f"{count}; {len(self.refused)} other ways in which branches meet{scaled}"
 
     def __str__(self) -> str:
         rows = self.rows()
@@ -119,7 +122,9 @@ def find_sums(model: nn.Module, example: Example) -> SumReport:
 
     One forward pass of the example in eval mode without gradients, after which parameters,
     buffers, modes and random generators are as before. Additions inside activations (a GELU by
-    hand) belong to them. What TorchScript and compiled extensions add inside, Python cannot see;
+    hand) belong to them; those of hooks are nobody's, and refused. So are reductions over values
+    that were stacked or concatenated, as far as they can be followed; a layer after a concatenation
+    is none. What TorchScript and compiled extensions add inside, Python cannot see;
     scripted modules are listed as refused.
 
     Args:
@@ -140,7 +145,8 @@ def find_sums(model: nn.Module, example: Example) -> SumReport:
                 call_model(model, x)
         except Exception as error:
             raise SiteError(did_not_run(model, example, error)) from error
-    return _report(watch)
+    scaled = any(_scales(module) for module in model.modules())
+    return replace(_report(watch), scaled=scaled)
 
 
 @dataclass
@@ -203,7 +209,10 @@ class Scaling(Frame):
     """A frame whose changes are factors, each of a sum."""
 
     what = "addition"
-    remedy = "find_sums again with an example that takes this branch, and scale what it finds"
+    remedy = (
+        "find_sums again with an example that takes this branch, and scale what it finds; what is "
+        "added in train mode alone (noise, running statistics), add in a submodule of its own"
+    )
     nested = False
 
     def read(self, func: Any, args: Any, kwargs: Any) -> tuple[str, Any] | None:
@@ -232,11 +241,15 @@ def _check(modules: Mapping[str, nn.Module], report: SumReport) -> None:
             f"{', '.join(map(repr, missing))}; find_sums on this model"
         )
     for path, module in modules.items():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, Enter) and hook.kind is Scaling:
-                raise SiteError(
-                    f"the sums of module {path or '(model)'!r} are scaled already; remove() first"
-                )
+        if _scales(module):
+            raise SiteError(
+                f"the sums of module {path or '(model)'!r} are scaled already; remove() first"
+            )
+
+
+def _scales(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    return any(isinstance(hook, Enter) and hook.kind is Scaling for hook in hooks)
 
 
 def _inside(modules: Mapping[str, nn.Module], report: SumReport) -> Iterator[str]:
