@@ -219,9 +219,9 @@ def test_norm_of_a_linear_module(gamma: float) -> None:
 
 
 def test_lipschitz_constant_without_weights_or_statistics() -> None:
-    norm = LipschitzBatchNorm(3, affine=False, eps=0.0)
+    norm = LipschitzBatchNorm(3, affine=False, eps=1e-12)
     norm.running_var.copy_(torch.tensor([4.0, 0.25, 1.0]))
-    assert norm.lipschitz.item() == 2.0
+    assert norm.lipschitz.item() == pytest.approx(2.0)
     norm.running_var[1] = 0.0  # a dead channel
     assert norm.lipschitz.item() == norm.gamma.item()
     bare = LipschitzBatchNorm(3, track_running_stats=False, gamma=4.0)
@@ -288,6 +288,63 @@ def test_refuses_gammas_below_one(gamma: object) -> None:
         LipschitzBatchNorm(3, gamma=gamma)  # type: ignore[arg-type]
     with pytest.raises(FlexureError, match=r"gamma in \[1, 1e\+30\]"):
         LipschitzBatchNorm.from_batch_norm(nn.BatchNorm1d(3), gamma=gamma)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-5, float("nan"), "1e-5", None, True])
+def test_refuses_an_eps_of_0(eps: object) -> None:
+    with pytest.raises(FlexureError, match="expected eps above 0"):
+        LipschitzBatchNorm(3, eps=eps)  # type: ignore[arg-type]
+    bn = nn.BatchNorm1d(3)
+    bn.eps = eps  # type: ignore[assignment]
+    with pytest.raises(FlexureError, match="expected eps above 0"):
+        LipschitzBatchNorm.from_batch_norm(bn)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bad", [torch.ones(4, 3, dtype=torch.int64), 3, None, [[1.0] * 3] * 4])
+def test_refuses_what_is_no_tensor_of_numbers(bad: object, training: bool) -> None:
+    with pytest.raises(FlexureError, match="expected an input"):
+        LipschitzBatchNorm(3).train(training)(bad)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gamma", [1e5, 1e30])
+def test_gamma_stays_wide_in_half_precision(gamma: float, training: bool) -> None:
+    made = LipschitzBatchNorm(3, gamma=gamma, dtype=torch.float16)
+    cast = LipschitzBatchNorm(3, gamma=gamma).half()
+    taken = LipschitzBatchNorm.from_batch_norm(nn.BatchNorm1d(3).half(), gamma=gamma)
+    x = torch.randn(8, 3).half().requires_grad_()
+    for norm in (made, cast, taken):
+        norm.train(training)
+        assert norm.raw_gamma.dtype == torch.float32
+        assert norm.gamma.item() == pytest.approx(gamma, rel=1e-4)
+        assert norm.lipschitz.item() == pytest.approx(1.0, rel=1e-2)
+        plain = nn.BatchNorm1d(3).half().train(training)
+        torch.testing.assert_close(norm(x), plain(x), rtol=1e-2, atol=1e-2)
+        norm(x).float().square().sum().backward()
+        assert norm.raw_gamma.grad.dtype == torch.float32
+    assert cast.double().raw_gamma.dtype == DOUBLE
+
+
+def test_at_one_gamma_stays_and_above_it_grows() -> None:
+    """As the docstring says."""
+    x = torch.randn(64, 1) * 0.1
+    for start, grows in ((1.0, False), (1.0001, True)):
+        norm = LipschitzBatchNorm(1, gamma=start)
+        optimizer = torch.optim.Adam([norm.raw_gamma], lr=0.1)
+        for _ in range(50):
+            optimizer.zero_grad()
+            (-norm(x).square().mean()).backward()
+            optimizer.step()
+        assert (norm.gamma.item() > 1.001) == grows
+
+
+def test_channels_that_share_the_maximum_share_its_gradient() -> None:
+    norm = LipschitzBatchNorm(4, gamma=10.0)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([2.0, -2.0, 1.0, 2.0]))
+    (gradient,) = torch.autograd.grad(norm.lipschitz, norm.weight)
+    torch.testing.assert_close(gradient, torch.tensor([1.0, -1.0, 0.0, 1.0]) / 3, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 2), (2, 4, 3), (2, 3, 1, 1, 1, 1)])

@@ -678,3 +678,22 @@ def test_average_pooling_has_the_windows_of_the_maximum() -> None:
     assert len(pools) == 2
     x = torch.randn(2, 4, 8, 8)
     assert torch.equal(pools[0](x), F.avg_pool2d(x, 2))
+
+
+def test_hooks_of_a_batch_norm_stay() -> None:
+    called: list[str] = []
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    model[1].register_forward_hook(lambda *_: called.append("after"))
+    model[1].register_forward_pre_hook(lambda *_: called.append("before"))
+    to_lcnn(model, example=torch.randn(5, 3))
+    assert isinstance(model[1], LipschitzBatchNorm)
+    called.clear()
+    model(torch.randn(5, 3))
+    assert called == ["before", "after"]
+
+
+def test_gamma_stays_wide_in_a_half_precision_network() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).bfloat16()
+    to_lcnn(model, example=torch.randn(5, 3).bfloat16())
+    assert model[1].raw_gamma.dtype == torch.float32
+    assert model[1].gamma.item() == pytest.approx(10.0)

@@ -31,7 +31,7 @@ from flexure.units.catalogue import read_module
 from tests.reference.units import exact_centered_softplus
 from tests.units.shared import DOUBLE
 
-BAD = [0.0, -1.0, math.nan, math.inf, "5", None, torch.ones(3), -0.0]
+BAD = [0.0, -1.0, math.nan, math.inf, "5", None, torch.ones(3), -0.0, True, 1e-50, 1e39]
 
 
 @pytest.mark.parametrize("beta", [1e-6, 1e-2, 0.7, 5.0, 1000.0])
@@ -58,6 +58,28 @@ def test_beta_is_positive_whatever_the_parameter(raw: float) -> None:
     torch.testing.assert_close(unit.beta, F.softplus(unit.raw_beta, threshold=40))
     (slope,) = torch.autograd.grad(unit.beta, unit.raw_beta)
     assert slope.item() == pytest.approx(1 / (1 + math.exp(-raw)), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("raw", [-1e30, -800.0, -110.0, -87.0, 3e38])
+def test_beta_stays_positive_where_its_exponential_is_0(raw: float, dtype: torch.dtype) -> None:
+    unit = CenteredSoftplus(dtype=dtype)
+    with torch.no_grad():
+        unit.raw_beta.fill_(raw)
+    assert torch.finfo(dtype).tiny <= unit.beta.item() < math.inf
+    x = torch.tensor([-3.0, 0.0, 2.0], dtype=dtype, requires_grad=True)
+    y = unit(x)
+    assert bool(y.isfinite().all())
+    grads = torch.autograd.grad(y.sum(), (x, unit.raw_beta))
+    assert all(bool(g.isfinite().all()) for g in grads)
+
+
+@pytest.mark.parametrize("beta", [1.2e-38, 1e-30, 3.4e38])
+def test_betas_at_the_ends_of_float32(beta: float) -> None:
+    assert CenteredSoftplus(beta).beta.item() == pytest.approx(beta, rel=1e-4)
+    assert bool(CenteredSoftplus(beta)(torch.ones(2)).isfinite().all())
+    Softplus(beta)(torch.ones(2))
+    assert CenteredSoftplus(1e-50, dtype=DOUBLE).beta.item() == pytest.approx(1e-50)
 
 
 @pytest.mark.parametrize("cls", [CenteredSoftplus, Softplus])

@@ -9,8 +9,8 @@ strongly gamma is penalised is not decided here.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from inspect import unwrap
-from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -19,11 +19,12 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from flexure.contracts import FlexureError
+from flexure.contracts import FlexureError, is_number
+from flexure.wide import kept_wide
 
 __all__ = ["LipschitzBatchNorm"]
 
-# Its exponential is below float64's rounding of 1: gamma = 1, from where training can still start.
+# Its exponential is below float64's rounding of 1: gamma = 1.
 LOWEST_RAW = math.log(torch.finfo(torch.float64).eps / 8)
 # What a float32 holds with room for its product with a scale.
 LARGEST_GAMMA = 1e30
@@ -39,18 +40,22 @@ class LipschitzBatchNorm(_BatchNorm):
 
     `sigma = sqrt(var + eps)`, of the batch in train mode and of the running statistics in eval
     mode: gamma bounds the slope in both. Every channel is clipped by itself, so that a dead one,
-    whose sigma is 0, leaves the others alone. Where no channel is clipped it is torch's BatchNorm,
-    values and gradients; running statistics are torch's always.
+    whose variance is 0, leaves the others alone. Where no channel is clipped it is torch's
+    BatchNorm, values and gradients; running statistics always are, in half precision to rounding.
 
     `gamma = 1 + exp(raw_gamma)`, that is `log(gamma) = softplus(raw_gamma)`: at least 1 whatever
     an optimiser does, and [LCNN]'s penalty on log(gamma) is nearly linear in the parameter while
-    gamma is large. [LCNN] has no affine parameters; `affine=False` is its layer.
+    gamma is large. At gamma = 1 exactly its slope in the parameter is of the order of 1e-17,
+    and it stays there; start at 1.0001 to let it grow. `raw_gamma` stays in float32 or wider
+    whatever the layer is cast to: float16 holds no gamma above 65504. [LCNN] has no affine
+    parameters; `affine=False` is its layer.
 
     Do not convert it by `SyncBatchNorm.convert_sync_batchnorm`, which would drop gamma silently.
+    `torch.jit.script` does not support it; `torch.jit.trace` and `torch.compile` do.
 
     Args:
         num_features: channels C, axis 1 of the input.
-        eps: as in torch.
+        eps: as in torch, but above 0.
         momentum: as in torch; None: the cumulative average.
         affine: whether there are w and b; without them w = 1 and b = 0.
         track_running_stats: without them batch statistics are used in both modes.
@@ -59,7 +64,7 @@ class LipschitzBatchNorm(_BatchNorm):
         dtype: of parameters and statistics.
 
     Raises:
-        FlexureError: gamma outside [1, 1e30], or not a number.
+        FlexureError: gamma outside [1, 1e30], eps not above 0, or one is no number.
 
     Example:
         >>> norm = LipschitzBatchNorm(2, affine=False)
@@ -82,16 +87,19 @@ class LipschitzBatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         raw = _raw_gamma(gamma)
+        _check_eps(eps)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
-        self.raw_gamma = nn.Parameter(torch.tensor(raw, device=device, dtype=dtype))
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        self.raw_gamma = nn.Parameter(torch.tensor(raw, device=device, dtype=wide))
 
     @classmethod
     def from_batch_norm(cls, bn: nn.Module, *, gamma: float = 10.0) -> LipschitzBatchNorm:
         """The layer in the place of one of torch's: its affine parameters, statistics and mode.
 
-        The parameters and statistics are the same objects, not copies.
+        The parameters and statistics are the same objects, not copies. Hooks stay behind;
+        `flexure.to_lcnn` takes them along.
 
         Args:
             bn: `nn.BatchNorm1d`, `2d` or `3d`.
@@ -99,7 +107,8 @@ class LipschitzBatchNorm(_BatchNorm):
 
         Raises:
             FlexureError: another module, also one that inherits from BatchNorm and does something
-                else, `nn.SyncBatchNorm` and a lazy layer that has not run; or a wrong gamma.
+                else, `nn.SyncBatchNorm` and a lazy layer that has not run; an eps of 0; or a
+                wrong gamma.
         """
         _check_batch_norm(bn)
         given = cast(_BatchNorm, bn)
@@ -129,8 +138,9 @@ class LipschitzBatchNorm(_BatchNorm):
     def lipschitz(self) -> Tensor:
         """The Lipschitz constant in eval mode, `()`: `min(gamma, max |w|/sigma)`.
 
-        Differentiable in gamma where that is the least, else in w. Without running statistics it
-        is gamma, which bounds every batch.
+        Differentiable in gamma where that is the least, else in w. Where both are equal the
+        gradient is gamma's, and channels that share the maximum share its gradient equally: each
+        a subgradient. Without running statistics it is gamma, which bounds every batch.
         """
         gamma, var = self.gamma, self.running_var
         if var is None:
@@ -155,11 +165,11 @@ class LipschitzBatchNorm(_BatchNorm):
         """The normalised input, of its shape and dtype.
 
         Args:
-            input: `(B, C)`, `(B, C, L)`, `(B, C, H, W)` or `(B, C, D, H, W)`.
+            input: `(B, C)`, `(B, C, L)`, `(B, C, H, W)` or `(B, C, D, H, W)`, floating point.
 
         Raises:
-            FlexureError: another number of dimensions or channels; or one value a channel where
-                batch statistics are needed.
+            FlexureError: no tensor, or one of integers; another number of dimensions or channels;
+                or one value a channel where batch statistics are needed.
         """
         x = input
         self._check_input_dim(x)
@@ -182,7 +192,21 @@ class LipschitzBatchNorm(_BatchNorm):
         own = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{own}, gamma={float(self.gamma.detach()):.4g}"
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LipschitzBatchNorm:
+        with kept_wide(self, ["raw_gamma"]):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def _check_input_dim(self, input: Any) -> None:
+        if not isinstance(input, Tensor):
+            raise FlexureError(
+                f"expected an input that is a tensor, got {type(input).__name__}; pass a tensor of "
+                f"floating-point numbers"
+            )
+        if not input.dtype.is_floating_point:
+            raise FlexureError(
+                f"expected an input of floating-point numbers, got {input.dtype}; pass x.float()"
+            )
         if input.dim() not in (2, 3, 4, 5) or input.shape[1] != self.num_features:
             raise FlexureError(
                 f"expected an input (B, {self.num_features}), with up to three dimensions of space "
@@ -260,23 +284,31 @@ class _Normalized(torch.autograd.Function):
         var: Tensor,
         eps: float,
     ) -> Tensor:
+        # After a pass over x every small operation starts cold: few of them, then.
         sigma = torch.sqrt(var + eps)
-        clipped = weight.abs() > gamma * sigma
-        inverse = torch.where(clipped, NO_INVERSE[mean.dtype], 1.0 / sigma)
+        limit = gamma * sigma
         ctx.eps = eps
-        ctx.save_for_backward(x, weight, gamma, mean, inverse, clipped)
-        weight = torch.where(clipped, gamma * weight.sign() * sigma, weight)
+        ctx.save_for_backward(x, weight, gamma, mean, sigma, limit)
+        weight = torch.clamp(weight, -limit, limit)
         with torch._C.DisableTorchFunction():
             y: Tensor = _aten.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, gamma, mean, inverse, clipped = ctx.saved_tensors
+        x, weight, gamma, mean, sigma, limit = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        wanted = (needs[0], needs[1] or needs[3], needs[2])
+        clipped, inverse = weight.detach().abs() > limit, sigma.reciprocal()
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and not bool(clipped.any()):
+            by_x, by_weight, by_bias = _aten.native_batch_norm_backward(
+                grads[0], x, weight, None, None, mean, inverse, True, ctx.eps, wanted
+            )
+            by_gamma = torch.zeros_like(gamma) if needs[3] else None
+            return by_x, by_weight if needs[1] else None, by_bias, by_gamma, None, None, None
+        inverse = torch.where(clipped, NO_INVERSE[mean.dtype], inverse)
         sides = weight.detach().sign() / NO_INVERSE[mean.dtype]
         scale = torch.where(clipped, gamma * sides, weight)
-        wanted = (needs[0], needs[1] or needs[3], needs[2])
         by_x, by_scale, by_bias = _aten.native_batch_norm_backward(
             grads[0], x, scale, None, None, mean, inverse, True, ctx.eps, wanted
         )
@@ -340,10 +372,18 @@ def _check_count(x: Tensor) -> None:
         )
 
 
+def _check_eps(eps: Any) -> None:
+    if not is_number(eps) or not 0.0 < float(eps) < math.inf:
+        raise FlexureError(
+            f"expected eps above 0, which bounds 1/sigma of a channel that is constant, got "
+            f"{eps!r}; take torch's 1e-5"
+        )
+
+
 def _raw_gamma(gamma: Any) -> float:
     if isinstance(gamma, Tensor) and gamma.numel() == 1:
         gamma = gamma.item()
-    if not isinstance(gamma, Real) or not 1.0 <= float(gamma) <= LARGEST_GAMMA:  # nan fails both
+    if not is_number(gamma) or not 1.0 <= float(gamma) <= LARGEST_GAMMA:  # nan fails both
         raise FlexureError(
             f"expected gamma in [1, {LARGEST_GAMMA:g}], got {gamma!r}; pass for example 10.0"
         )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from flexure.contracts import SiteError
 from flexure.surgery.follow import move
 from flexure.surgery.weight_layers import CHILD, WeightLayer
-from flexure.units.wide import kept_wide
+from flexure.wide import kept_wide
 
 __all__ = ["LowRank", "LowRankWeights"]
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import wraps
-from numbers import Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flexure.contracts import FlexureError
+from flexure.contracts import FlexureError, is_number
 from flexure.units.functional import centered_softplus, follows
-from flexure.units.wide import kept_wide
+from flexure.wide import kept_wide
 
 __all__ = ["CenteredSoftplus", "Softplus"]
 
@@ -33,16 +32,17 @@ class CenteredSoftplus(nn.Module):
     The parameter is `raw_beta`, `beta = log(1 + exp(raw_beta))`: positive whatever an optimiser
     does. For beta above 1 that is nearly the identity, so that a learning rate, and the weight of
     a penalty on beta, mean what they mean for beta itself, as in [LCNN]; below, steps become
-    relative and beta tends to 0 without reaching it. With `exp` in its place a step on beta would
-    grow with beta². The parameter stays in float32 or wider whatever the module is cast to.
+    relative and beta tends to 0 without reaching it, where it ends at the dtype's smallest normal
+    number. With `exp` in its place a step on beta would grow with beta². The parameter stays in
+    float32 or wider whatever the module is cast to.
 
     Args:
-        beta: where it starts, positive and finite. Default 5, as in [LCNN].
+        beta: where it starts, a normal number of the parameter's dtype. Default 5, as in [LCNN].
         device: of the parameter.
         dtype: of the parameter, float32 or float64.
 
     Raises:
-        FlexureError: beta is not a positive finite number.
+        FlexureError: beta is no positive finite number that the dtype holds.
 
     Example:
         >>> CenteredSoftplus()(torch.zeros(2))
@@ -59,16 +59,17 @@ class CenteredSoftplus(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        beta = _positive(beta)
-        raw = beta + math.log(-math.expm1(-beta))  # log(exp(beta) - 1), without overflow
         dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        beta = _positive(beta, dtype)
+        raw = beta + math.log(-math.expm1(-beta))  # log(exp(beta) - 1), without overflow
         self.raw_beta = nn.Parameter(torch.tensor(raw, device=device, dtype=dtype))
 
     @property
     def beta(self) -> Tensor:
         """The inverse temperature, positive, `()`, with its graph to `raw_beta`."""
         # Not as softplus: no census may take it for an activation of the network.
-        return -cast(Tensor, _aten.log_sigmoid(-self.raw_beta))
+        beta = -cast(Tensor, _aten.log_sigmoid(-self.raw_beta))
+        return cast(Tensor, _aten.clamp_min(beta, torch.finfo(beta.dtype).tiny))
 
     def forward(self, x: Tensor, *, inplace: bool = False, **params: Any) -> Tensor:
         """Centered softplus of `x`, of its shape and dtype; `x` itself where in place.
@@ -98,10 +99,10 @@ class Softplus(nn.Softplus):
     itself a site of the network that it is built into.
 
     Args:
-        beta: positive and finite. Default 1000, the standard network of [LCNN].
+        beta: a normal number of float32. Default 1000, the standard network of [LCNN].
 
     Raises:
-        FlexureError: beta is not a positive finite number.
+        FlexureError: beta is no positive finite number that float32 holds.
 
     Example:
         >>> Softplus(10.0)(torch.tensor([0.0, 4.0]))
@@ -109,7 +110,7 @@ class Softplus(nn.Softplus):
     """
 
     def __init__(self, beta: float = 1000.0) -> None:
-        super().__init__(beta=_positive(beta))
+        super().__init__(beta=_positive(beta, torch.float32))
 
     @wraps(nn.Softplus.forward)  # by which the catalogue knows the activation
     def forward(  # type: ignore[override]
@@ -130,12 +131,14 @@ class Softplus(nn.Softplus):
         return x.copy_(y) if inplace else y
 
 
-def _positive(beta: Any) -> float:
+def _positive(beta: Any, dtype: torch.dtype) -> float:
     if isinstance(beta, Tensor) and beta.numel() == 1:
         beta = beta.item()
-    if not isinstance(beta, Real) or not 0.0 < float(beta) < math.inf:  # nan fails both
+    held = torch.finfo(dtype)
+    if not is_number(beta) or not held.tiny <= float(beta) <= held.max:  # nan fails both
         raise FlexureError(
-            f"expected beta to be a positive finite number, got {beta!r}; pass for example 5.0 "
-            f"(the limits beta = 0, x/2, and beta = inf, ReLU, are no start for a parameter)"
+            f"expected beta to be a positive finite number of {dtype}, {held.tiny:.3g} to "
+            f"{held.max:.3g}, got {beta!r}; pass for example 5.0 (the limits beta = 0, x/2, and "
+            f"beta = inf, ReLU, are no start for a parameter)"
         )
     return float(beta)

@@ -16,7 +16,7 @@ from flexure.contracts import SiteError
 from flexure.units.catalogue import SPECS, over_axis_one
 from flexure.units.functional import check_dial, ctu, follows
 from flexure.units.pooling import max_pool_ctu
-from flexure.units.wide import kept_wide
+from flexure.wide import kept_wide
 
 __all__ = ["CTU"]
 
