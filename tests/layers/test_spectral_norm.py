@@ -265,6 +265,113 @@ def test_a_long_training_stays_close_to_one() -> None:
     assert max(norms[30:]) < 1.01
 
 
+@pytest.mark.parametrize("how", ["in place", "data", "foreach", "copied"])
+def test_training_follows_changes_that_no_version_tells_of(how: str) -> None:
+    layer = spectral_norm(nn.Conv2d(3, 4, 3, padding=1), input_size=6).train()
+    weight, x = original(layer), torch.randn(2, 3, 6, 6)
+    generator, worst = torch.Generator().manual_seed(0), 0.0
+    for _ in range(30):
+        layer(x)
+        change = 0.1 * torch.randn(weight.shape, generator=generator)
+        if how == "in place":
+            with torch.no_grad():
+                weight.add_(change)
+        elif how == "data":
+            weight.data.add_(change)
+        elif how == "foreach":
+            torch._foreach_add_([weight.data], [change])
+        else:
+            weight.data.copy_(weight.data + change)
+        worst = max(worst, dense_norm(layer))
+    assert worst < 1.05  # 1.24 and more with a refresh at every tenth change that versions tell of
+
+
+def test_fast_changes_shorten_the_interval_and_slow_ones_lengthen_it() -> None:
+    layer = spectral_norm(nn.Conv2d(3, 8, 3, padding=1), input_size=6, every=8).train()
+    norm, x = spectral_norms(layer)[""], torch.zeros(1, 3, 6, 6)
+    generator = torch.Generator().manual_seed(0)
+    seen = []
+    for rate in (1e-4, 0.3, 1e-4):
+        for _ in range(40):
+            with torch.no_grad():
+                original(layer).add_(rate * torch.randn(8, 3, 3, 3, generator=generator))
+            layer(x)
+        seen.append(int(norm.interval))
+    assert seen[0] == seen[2] == 8
+    assert seen[1] <= 2
+    assert int(layer.state_dict()["parametrizations.weight.0.interval"]) == 8
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-22, 1e-18, 1e18, 1e20, 1e30, 1e36])
+@pytest.mark.parametrize("conv", [False, True])
+def test_the_size_of_the_weight_does_not_matter(scale: float, conv: bool) -> None:
+    torch.manual_seed(0)
+    layer: Any = nn.Conv2d(2, 3, 3, padding=1) if conv else nn.Linear(4, 4)
+    with torch.no_grad():
+        layer.weight.mul_(scale)
+    spectral_norm(layer, input_size=4 if conv else None)
+    rough = 0.1 if scale < 1e-37 else 1e-4  # numbers below the least normal one have few digits
+    for training in (True, False):
+        assert dense_norm(layer.train(training)) == pytest.approx(1.0, abs=rough)
+    layer.train()
+    for _ in range(3):
+        with torch.no_grad():
+            original(layer).copy_(torch.randn_like(original(layer)) * scale)
+        assert dense_norm(layer) == pytest.approx(1.0, abs=max(rough, 0.02))
+
+
+def test_a_norm_that_overflows_is_refused() -> None:
+    layer = nn.Linear(50, 50)
+    with torch.no_grad():
+        layer.weight.fill_(3e38)
+    with pytest.raises(FlexureError, match="operator norm is finite"):
+        spectral_norm(layer)
+
+
+def test_eval_remembers_one_weight() -> None:
+    layer = spectral_norm(nn.Conv2d(2, 2, 3, padding=1), input_size=6).eval()
+    norm = spectral_norms(layer)[""]
+    for _ in range(3):
+        for size in (6, 8):
+            layer(torch.zeros(1, 2, size, size))
+        assert len(norm._memory.tensors) == 3  # the weight, and a direction for each size
+        with torch.no_grad():
+            original(layer).add_(0.1)
+    layer.train()(torch.zeros(1, 2, 8, 8))
+    assert not norm._memory.tensors
+
+
+def test_threads_with_two_sizes_leave_nothing_wrong_behind() -> None:
+    layer = spectral_norm(nn.Conv2d(2, 2, 3), input_size=6).eval()
+    norm = spectral_norms(layer)[""]
+    converge = norm._operator.converged
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        norm.size = (12, 12)  # as another thread would set it
+        return converge(*args, **kwargs)
+
+    object.__setattr__(norm._operator, "converged", interrupted)
+    with torch.no_grad():
+        original(layer).normal_()
+    layer(torch.zeros(1, 2, 6, 6))
+    object.__delattr__(norm._operator, "converged")
+    for size in (6, 12):
+        layer(torch.zeros(1, 2, size, size))
+        assert norm.size == (size, size)
+        assert dense_norm(layer) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_what_is_computed_inside_is_no_activation() -> None:
+    """The Lanczos method takes a maximum with zeros, which is no rectifier of the network."""
+    model = nn.Sequential(spectral_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 2))
+    for fill in (lambda w: w.normal_(), lambda w: w.zero_()):
+        with torch.no_grad():
+            fill(original(model[0]))
+        report = flexure.sites(model, torch.zeros(1, 4))
+        assert [site.name for site in report.sites] == ["1"]
+        assert not report.refused
+
+
 def test_zero_stays_zero_and_recovers(layer: Any) -> None:
     for training in (True, False):
         layer.train(training)

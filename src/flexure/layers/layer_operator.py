@@ -20,8 +20,9 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from flexure.batched import lanczos
 from flexure.contracts import FlexureError
 from flexure.layers.geometry import Sizes, per_axis
+from flexure.layers.spectral import power_of_two
 
-__all__ = ["LAYERS", "LayerOperator", "Triple", "plain", "plainly"]
+__all__ = ["LAYERS", "LayerOperator", "Triple", "plain", "plainly", "scaled"]
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,13 @@ def plain(weight: Tensor) -> Tensor:
             )
         weight = torch._C._functorch.get_unwrapped(weight)
     return weight.clone() if weight.is_inference() else weight.detach()
+
+
+def scaled(weight: Tensor) -> Tensor:
+    """With entries of at most about 1, so that squares stay finite; the same singular vectors."""
+    limits = torch.finfo(weight.dtype)
+    divisor = min(max(power_of_two(weight), limits.tiny), limits.max / 2)
+    return torch.div(weight, divisor)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,13 +18,17 @@ from torch.nn.utils import parametrize
 
 from flexure.contracts import FlexureError
 from flexure.layers.geometry import Sizes
-from flexure.layers.layer_operator import LayerOperator, Triple, plain, plainly
+from flexure.layers.layer_operator import LayerOperator, Triple, plain, plainly, scaled
+from flexure.layers.norm_memory import Memory
 from flexure.layers.of_module import module_norm_bounds
 
 __all__ = ["SpectralNorm", "spectral_norm", "spectral_norms"]
 
 EVERY = 10
-"""Changes of a weight between refreshes of the singular vectors in training mode."""
+"""Changes of a weight between refreshes of the singular vectors in training mode, at most."""
+
+LAG, CALM = 0.01, 0.003
+"""Growth of the norm in a refresh above which the next comes sooner; below which, later."""
 
 PRODUCTS = 8
 """Products with AᵀA of such a refresh."""
@@ -39,14 +42,11 @@ TOLERANCE = 1e-4
 VECTORS = 2**25
 """Entries of Lanczos vectors at most: 128 MiB of float32."""
 
-ENTRIES = 4
-"""Weights, sizes and dtypes whose converged vectors are remembered in eval mode."""
-
 LOST = 0.8
 """Share of σ/‖W‖ that ⟨G, W⟩/‖W‖ keeps between refreshes; below, the weight is another one."""
 
 JUMP = 0.1
-"""Relative growth of the norm in one refresh after which there is another refresh."""
+"""Growth of the norm in one refresh after which there is another, and one at the next change."""
 
 SETTLED = 1e-3
 """That below which refreshing ends where the weight or the input size is another one."""
@@ -62,22 +62,28 @@ def spectral_norm(
     its whole output, with the layer's stride, padding, padding mode, dilation and groups.
 
     In training mode σ is ⟨G, W⟩ with G = d(uᵀA(W)v)/dW, for unit vectors u and v that a few
-    Lanczos steps improve at every `every`-th change of the weight: never above the norm, and a
-    little below it. In eval mode σ is converged to 5e-5 (float64: 5e-8) of itself, whenever the
+    Lanczos steps improve now and then: never above the norm, so that the layer's norm is 1 or a
+    little more. They are improved at every change of the weight at first. Where that raised σ by
+    less than 0.3 %, twice as many changes may pass before the next time, `every` at most; where by
+    more than 1 %, half as many. So the norm is within a few percent of 1 while the weight changes
+    no faster than it did before, and nothing bounds it where that is suddenly otherwise. In eval
+    mode σ is converged to 5e-5 (float64: 5e-8) of itself, whenever the
     weight's values are not those that it was last converged for. Both depend on the weight, the
     state dict and the input size alone; measures that lend the layer a float64 copy of its weight
     get the σ of its own precision.
 
     Inputs of another spatial size than `input_size` are noticed by a forward pre-hook, and the
-    layer is normalised for theirs. A weight of zeros stays zero. In half precision the quotient is
-    rounded to the weight's dtype, so that its norm is 1 only to that dtype's precision.
+    layer is normalised for theirs; a layer that is called at several sizes in turn is slow to
+    train, since u and v are improved at every call, and one that several threads call at several
+    sizes at once may be normalised for another's. A weight of zeros stays zero. In half precision
+    the quotient is rounded to the weight's dtype: its norm is 1 only to that dtype's precision.
     `torch.nn.utils.parametrize.remove_parametrizations(module, "weight")` puts the quotient in the
     weight's place; call it in eval mode.
 
     Args:
         module: a Linear, Conv1d/2d/3d or ConvTranspose1d/2d/3d, which is changed.
         input_size: the spatial size of its inputs (a number stands for all axes); none for Linear.
-        every: changes of the weight between refreshes of u and v in training mode.
+        every: changes of the weight between refreshes of u and v in training mode, at most.
 
     Returns:
         `module`.
@@ -116,31 +122,18 @@ def spectral_norm_of(module: nn.Module) -> SpectralNorm | None:
     return next((step for step in steps if isinstance(step, SpectralNorm)), None)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Where the norm of one weight is taken, for one input size."""
-
-    weight: Tensor
-    size: tuple[int, ...]
-    direction: Tensor
-
-    def fits(self, weight: Tensor, size: tuple[int, ...]) -> bool:
-        own = self.weight
-        alike = (own.dtype, own.device, self.size) == (weight.dtype, weight.device, size)
-        return alike and torch.equal(own, weight)
-
-
 class SpectralNorm(nn.Module):
     """The parametrization W -> W/σ(W); made by `spectral_norm`.
 
     Attributes:
         size: spatial size of the inputs that the layer is normalised for.
-        every: changes of the weight between refreshes of u and v in training mode.
+        every: changes of the weight between refreshes of u and v in training mode, at most.
         v: `(1, *input)`, the right singular vector of training mode.
         direction: of the weight's shape, G; σ = ⟨G, W⟩ in training mode.
         trained_norm: 0-d, ⟨G, W⟩ when the weight last changed in training mode.
-        share: 0-d, ⟨G, W⟩/‖W‖ when G was found.
+        share: 0-d, ⟨G, W⟩/‖W‖ when G was found, ‖W‖ the mean of the absolute values.
         age: 0-d int64, changes of the weight in training mode since v was refreshed.
+        interval: 0-d int64, changes between refreshes as it is now.
     """
 
     v: Tensor
@@ -148,14 +141,14 @@ class SpectralNorm(nn.Module):
     trained_norm: Tensor
     share: Tensor
     age: Tensor
+    interval: Tensor
 
     def __init__(self, layer: nn.Module, *, input_size: Sizes | None, every: int) -> None:
         super().__init__()
         self._operator = LayerOperator(layer)
         self.every = every
         self.size = self._operator.checked_size(input_size)
-        self._seen: tuple[int, ...] | None = None
-        self._entries: list[_Entry] = []
+        self._memory = Memory()
         weight: Tensor = layer.weight  # type: ignore[assignment]
         shape = self._operator.input_shape(self.size)
         drawn_by = torch.Generator().manual_seed(0)
@@ -164,11 +157,13 @@ class SpectralNorm(nn.Module):
         self.register_buffer("direction", torch.zeros_like(weight, requires_grad=False))
         for name in ("trained_norm", "share"):
             self.register_buffer(name, weight.new_zeros((), requires_grad=False))
-        self.register_buffer("age", torch.zeros((), dtype=torch.int64, device=weight.device))
+        for name, start in (("age", 0), ("interval", 1)):
+            count = torch.full((), start, dtype=torch.int64, device=weight.device)
+            self.register_buffer(name, count)
         self._own_dtype = weight.dtype
         if not weight.is_meta:
             with plainly():
-                self._store(self._converged(plain(weight)), plain(weight))
+                self._store(self._converged(plain(weight), self.size), plain(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
         """W/⟨G, W⟩; a weight of zeros as it is."""
@@ -212,11 +207,12 @@ class SpectralNorm(nn.Module):
 
     def _current(self, weight: Tensor) -> Tensor:
         """G for the weight, training mode or eval."""
+        size = self.size  # once: another thread may call the layer on another
         with plainly():
             values = plain(weight)
             if not self.training:
-                return self._remembered(values)
-            self._train((id(weight), values.data_ptr(), _version(weight)), values)
+                return self._remembered(values, size)
+            self._train(values, size)
             # Graphs keep a copy: the next refresh writes into the buffer.
             return self.direction.clone()
 
@@ -225,16 +221,14 @@ class SpectralNorm(nn.Module):
         """`_current`, which a compiler leaves as it is; nothing is imported before it is called."""
         return self._current(weight)
 
-    def _remembered(self, weight: Tensor) -> Tensor:
+    def _remembered(self, weight: Tensor, size: tuple[int, ...]) -> Tensor:
         """G converged for the weight's values."""
         with torch._C.DisableTorchFunction():  # measures, which compute in float64 inside
             own = self._unlent(weight)
-            for entry in self._entries:
-                if entry.fits(own, self.size):
-                    return entry.direction.to(weight.dtype)
-            direction = self._converged(own).direction
-            entry = _Entry(own.clone(), self.size, direction)
-            self._entries[:] = [entry, *self._entries[: ENTRIES - 1]]
+            direction = self._memory.find(own, size)
+            if direction is None:
+                direction = self._converged(own, size).direction
+                self._memory.keep(own, size, direction)
             return direction.to(weight.dtype)
 
     def _unlent(self, weight: Tensor) -> Tensor:
@@ -246,54 +240,76 @@ class SpectralNorm(nn.Module):
         wider = torch.promote_types(own.dtype, weight.dtype) == weight.dtype
         return own if wider and torch.equal(own.to(weight.dtype), weight) else weight
 
-    def _converged(self, weight: Tensor) -> Triple:
+    def _converged(self, weight: Tensor, size: tuple[int, ...]) -> Triple:
+        """The triple of the weight, divided by a number that keeps squares finite."""
         if not bool(weight.isfinite().all()):
             raise FlexureError(
                 f"expected a finite weight to normalise in {self._operator.layer!r}, got nan or "
                 f"inf; check the training, or load weights that are finite"
             )
-        wide = weight.to(_computed_in(weight))
+        wide = scaled(weight.to(_computed_in(weight)))
         tol = TOLERANCES.get(weight.dtype, TOLERANCE)
-        return self._operator.converged(wide, self._start(wide), tol=tol, vectors=VECTORS)
+        start = self._start(wide, size)
+        triple = self._operator.converged(wide, start, tol=tol, vectors=VECTORS)
+        if not bool(_paired(triple.direction, weight).isfinite()):
+            raise FlexureError(
+                f"expected a weight whose operator norm is finite in {weight.dtype} in "
+                f"{self._operator.layer!r}, got entries up to {float(weight.abs().max()):.3g}; "
+                f"scale the weight down"
+            )
+        return triple
 
-    def _start(self, weight: Tensor) -> Tensor:
-        """The vector of training mode, cropped or padded with zeros to the present size."""
+    def _start(self, weight: Tensor, size: tuple[int, ...]) -> Tensor:
+        """The vector of training mode, cropped or padded with zeros to a size."""
         v = self.v.to(weight)
-        if v.shape[2:] == self.size:
+        if v.shape[2:] == size:
             return v
-        ends = [new - old for new, old in zip(self.size, v.shape[2:], strict=True)]
+        ends = [new - old for new, old in zip(size, v.shape[2:], strict=True)]
         return F.pad(v, [width for end in reversed(ends) for width in (0, end)])
 
-    def _train(self, seen: tuple[int, int, int], weight: Tensor) -> None:
+    def _train(self, weight: Tensor, size: tuple[int, ...]) -> None:
         """Notes a change of the weight, and refreshes when it is time.
 
-        What is done depends on the buffers and the weight's values alone, never on `_seen`, so
-        that a training that is interrupted, or put back, goes on as it would have.
+        What is done depends on the buffers and the weight's values alone, never on what else tells
+        of changes (versions do not tell of those through `.data`), so that a training that is
+        interrupted, or put back, goes on as it would have.
         """
-        resized = self.v.shape[2:] != self.size
-        if not resized and self._seen == (*seen, id(self.age), _version(self.age)):
-            return
+        resized = self.v.shape[2:] != size
         norm = _paired(self.direction, weight).to(self.trained_norm)
-        lost = norm <= LOST * self.share * torch.linalg.vector_norm(weight)
-        flags = torch.stack([norm != self.trained_norm, self.age + 1 >= self.every, lost])
+        lost = norm <= LOST * self.share * _mean_size(weight)
+        flags = torch.stack([norm != self.trained_norm, self.age + 1 >= self.interval, lost])
         changed, due, is_lost = flags.tolist()  # at once: another device is waited for
         if changed:
             self.age.add_(1)
             self.trained_norm.copy_(norm)
+            self._memory.clear()
         if (changed and due) or is_lost or resized:
-            self._refresh(weight, norm, settle=is_lost or resized)
-        self._seen = (*seen, id(self.age), _version(self.age))
+            self._refresh(weight, size, settle=is_lost or resized)
 
-    def _refresh(self, weight: Tensor, norm: Tensor, *, settle: bool) -> None:
+    def _refresh(self, weight: Tensor, size: tuple[int, ...], *, settle: bool) -> None:
         """Improves u and v; `settle`: until the norm hardly grows any more."""
-        wide = weight.to(_narrow(weight))
-        triple = self._operator.improved(wide, self._start(wide), products=PRODUCTS)
-        before, now = float(norm), float(triple.norm)
+        wide = scaled(weight.to(_narrow(weight)))
+        triple = self._operator.improved(wide, self._start(wide, size), products=PRODUCTS)
+        first = before = float(_paired(self.direction, wide))
+        now = float(triple.norm)
         while settle or now > (1 + JUMP) * before > 0:
             triple = self._operator.improved(wide, triple.v, products=PRODUCTS)
             before, now = now, float(triple.norm)
             settle = now > (1 + SETTLED) * before
+        if self.v.shape == triple.v.shape:
+            self._pace(first, now)
         self._store(triple, weight)
+
+    def _pace(self, before: float, now: float) -> None:
+        """How long to wait for the next refresh, after one that raised the norm so much."""
+        interval = int(self.interval)
+        if now > (1 + JUMP) * before:
+            interval = 1
+        elif now > (1 + LAG) * before:
+            interval = max(1, interval // 2)
+        elif now < (1 + CALM) * before:
+            interval = min(self.every, 2 * interval)
+        self.interval.fill_(interval)
 
     def _store(self, triple: Triple, weight: Tensor) -> None:
         """Takes a triple for training mode, unless it is not finite."""
@@ -306,7 +322,7 @@ class SpectralNorm(nn.Module):
         self.direction.copy_(triple.direction)
         norm_now = _paired(self.direction, weight)
         self.trained_norm.copy_(norm_now)
-        size = torch.linalg.vector_norm(weight)
+        size = _mean_size(weight)
         self.share.copy_(torch.where(size > 0, norm_now / size, 0.0))
         # A weight of zeros has no direction: its first change needs one.
         self.age.fill_(0 if norm > 0 else self.every)
@@ -321,13 +337,12 @@ class SpectralNorm(nn.Module):
         if v is not None and v.shape != self.v.shape and v.shape[:2] == self.v.shape[:2]:
             self.v = self.v.new_zeros(v.shape)
             self.size = tuple(v.shape[2:])
-        self._seen = None
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._own_dtype = self.direction.dtype  # load_state_dict(assign=True) may change it
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is remembered of this very object's weight."""
-        return {**self.__dict__, "_seen": None, "_entries": []}
+        return {**self.__dict__, "_memory": Memory()}
 
     def extra_repr(self) -> str:
         """What it was made with."""
@@ -363,9 +378,11 @@ def _paired(direction: Tensor, weight: Tensor) -> Tensor:
     return (direction.to(wide) * weight.to(wide)).sum()
 
 
-def _version(tensor: Tensor) -> int:
-    """How often it was written to; -1 where nobody counts."""
-    return -1 if tensor.is_inference() else tensor._version
+def _mean_size(weight: Tensor) -> Tensor:
+    """The mean of the absolute values: no square overflows."""
+    wide = _narrow(weight)
+    total: Tensor = torch.linalg.vector_norm(weight, 1, dtype=wide)
+    return total / max(1, weight.numel())
 
 
 def _narrow(weight: Tensor) -> torch.dtype:
