@@ -129,6 +129,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "rrelu": (lambda x: F.rrelu(x, 2.0, 4.0), 3.0),
     "relu6": (F.relu6, 1.0),
     "hardtanh": (lambda x: F.hardtanh(x, -2.0, 0.5), 1.0),
+    "atan": (torch.atan, 1.0),
     "clamp": (lambda x: x.clamp(-1.0, 1.0), 1.0),
     "clamp by name": (lambda x: torch.clamp(input=x, max=1.0), 1.0),
     "clip": (lambda x: torch.clip(x, min=0.0), 1.0),
@@ -345,6 +346,61 @@ REFUSED: dict[str, tuple[nn.Module, str, str]] = {
     "random slopes": (Smooth(lambda x: F.rrelu(x, training=True)), "rrelu", "eval"),
     "pool unit": (pooled_unit(), "soft_maximum", "AvgPool"),
 }
+
+
+MATRIX = torch.tensor([[2.0, 0.0, 0.0], [0.0, -3.0, 0.0], [0.0, 0.0, 1.0]]).double()
+
+LINEAR: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
+    "lerp of a constant": (lambda x: torch.lerp(x, torch.ones(3).double(), 0.25), 0.75, 1.0),
+    "lerp to a signal": (lambda x: torch.ones(1, 3).double().lerp(x, 4.0), 4.0, 1.0),
+    "lerp of two": (lambda x: torch.lerp(x, 2.0 * x, -0.5), 0.5, 6.0),
+    "addmm": (lambda x: torch.addmm(torch.ones(3).double(), x, MATRIX, alpha=-2.0), 6.0, 1.0),
+    "addmm of two": (lambda x: torch.addmm(x, x, MATRIX, beta=2.0), 4.0, 2.0),
+    "addmm to a signal": (lambda x: torch.addmm(x, MATRIX[:1], MATRIX, beta=-2.0), 2.0, 1.0),
+    "baddbmm": (
+        lambda x: torch.baddbmm(torch.ones(3).double(), x[None], MATRIX[None])[0],
+        3.0,
+        2.0,
+    ),
+    "addmv": (lambda x: torch.addmv(torch.ones(3).double(), MATRIX, x[0])[None], 3.0, 1.0),
+    "diff": (lambda x: torch.diff(x), math.sqrt(3), 1.2),
+    "diff twice": (lambda x: x.diff(2, dim=1), math.sqrt(6), 1.7),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_operations_by_their_exact_norms(name: str) -> None:
+    """At least the norm of the map, and above it by no more than is said."""
+    function, constant, looseness = LINEAR[name]
+    jacobian = torch.autograd.functional.jacobian(function, torch.randn(1, 3).double())
+    assert norm(jacobian.reshape(-1, 3)) == pytest.approx(constant)
+    model = nn.Sequential(nn.Linear(3, 3), Smooth(function)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(3))
+    found = lipschitz_bound(model, (3,)).value
+    assert constant <= found * ROUNDING
+    assert found <= looseness * constant * ROUNDING
+
+
+def test_atan_has_curvature() -> None:
+    grid = torch.linspace(-9, 9, 90001, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(grid.atan().sum(), grid, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.sum(), grid)
+    model = nn.Sequential(nn.Linear(1, 1), Smooth(torch.atan), nn.Linear(1, 2)).double()
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[2].weight.copy_(torch.tensor([[1.0], [0.0]]))
+    assert lipschitz_bound(model, (1,)).value == pytest.approx(float(slope.detach().max()))
+    layers = hessian_bound(model, (1,))
+    assert layers.logits[0] == pytest.approx(float(bend.abs().max()), rel=1e-6)
+
+
+def test_what_has_no_slope_is_not_refused_for_its_curvature() -> None:
+    for module in (nn.Softmax(1), Smooth(F.normalize), Smooth(lambda x: x * x.tanh())):
+        model = nn.Sequential(nn.Linear(3, 4), module)
+        with pytest.raises(FlexureError, match="its slope has no bound") as caught:
+            lipschitz_bound(model, (3,))
+        assert "second derivative" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", REFUSED)

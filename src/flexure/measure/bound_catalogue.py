@@ -183,6 +183,37 @@ def _addcmul(function: Any, x: Any, y: Any, z: Any, *, value: float = 1) -> Sign
     return summed(x, _mul(function, y, z), value)
 
 
+def _lerp(function: Any, x: Any, y: Any, weight: Any) -> Signal:
+    if isinstance(weight, Signal):
+        raise Unsupported(PRODUCT)
+    share = constant(weight)
+    parts = zip((x, y), (1.0 - share, share), strict=True)
+    a, b = (scaled(v, by) if isinstance(v, Signal) else constant(v) * by for v, by in parts)
+    return summed(a, b)
+
+
+def _addmm(
+    function: Any, x: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 1
+) -> Signal:
+    """beta·x + alpha·(left @ right), of which one of the factors is constant."""
+    if isinstance(left, Signal) or isinstance(right, Signal):
+        product: Any = matmul(torch.matmul, left, right)
+    else:
+        product = left @ right
+    return summed(scaled(x, constant(beta)) if isinstance(x, Signal) else x, product, alpha)
+
+
+def _diff(function: Any, x: Any, n: int = 1, dim: int = -1, **kwargs: Any) -> Signal:
+    if any(value is not None for value in kwargs.values()):
+        raise Unsupported("it has values before or after; join them by torch.cat")
+    for _ in range(n):
+        rest = x.shape[dim] - 1
+        later, earlier = (moved(torch.narrow, x, dim, start, rest) for start in (1, 0))
+        x = summed(later, earlier, -1.0)
+    found: Signal = x
+    return found
+
+
 def _copy(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The value that `x.copy_(y)` gives x, written into nothing."""
     x, y = args[0], args[1]
@@ -289,6 +320,7 @@ _ACTIVATIONS: Mapping[str, Callable[..., UnitBounds]] = {
     ),
     "elu": lambda alpha=1.0: unit_bounds("elu", alpha=alpha),
     "celu": lambda alpha=1.0: unit_bounds("celu", alpha=alpha),
+    "atan arctan": lambda: UnitBounds(0.0, 1.0, 3 * math.sqrt(3) / 8, 1.0),
     "sin cos": lambda: UnitBounds(-1.0, 1.0, 1.0),
 }
 """Activations by their names in PyTorch. Those whose slope jumps for these parameters are refused
@@ -332,6 +364,9 @@ _RULES: Mapping[Any, Rule] = {
     "mul multiply": _spelled(_mul),
     "div divide truediv true_divide": _spelled(_div),
     "addcmul": _spelled(_addcmul),
+    "lerp": _spelled(_lerp),
+    "addmm baddbmm addmv": _spelled(_addmm),
+    "diff": _spelled(_diff),
     "copy": _copy,
     "linear": _spelled(linear),
     "conv1d conv2d conv3d": _spelled(conv),

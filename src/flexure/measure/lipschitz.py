@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexure.contracts import FlexureError
 from flexure.measure.bound_catalogue import Bounding, place
 from flexure.measure.bound_graph import (
     WIDE,
@@ -26,6 +27,7 @@ from flexure.measure.bound_graph import (
     reaches,
     rounding,
 )
+from flexure.measure.bound_layers import UNBOUNDED
 from flexure.measure.bound_rules import Graph, Signal, parents_of
 from flexure.measure.bound_trace import bounded, table_of
 from flexure.measure.propagate import carriers_in
@@ -162,6 +164,17 @@ class LipschitzBounding(Bounding):
     def advice(cls, func: Any) -> str:
         """What a user can do about an operation without a rule."""
         return "write it with operations that have one"
+
+    @classmethod
+    def _error(cls, what: str, reason: str) -> FlexureError:
+        """Of what has no bound, curvatures are not the reason here."""
+        return super()._error(what, reason.replace(UNBOUNDED, _STEEP))
+
+
+_STEEP = (
+    "its slope has no bound over all inputs, or none that is known here; use flexure.curvature on "
+    "data instead"
+)
 
 
 def _bound(output: Signal) -> LipschitzBound:
