@@ -170,14 +170,14 @@ EXPERIMENTS = {
         moons_network,
         moons,
         ("standard", "relu", *TABLE_1[1:], "sam"),
-        {"epochs": 200, "seeds": range(42, 45), "samples": 500},
+        {"clip": 1.0, "epochs": 100, "seeds": range(42, 45), "samples": 250},
     ),
     "rate": Experiment(
         lambda seed: MLP((2, 64, 64, 2), partial(nn.Tanh)),
         moons,
         ("standard", "gradreg", "sam", "crr"),
         {
-            "epochs": 200, "seeds": range(42, 50), "samples": 500,
+            "epochs": 100, "seeds": range(42, 50), "samples": 250,
             "optimizer": "adam", "lr": 1e-2, "weight_decay": 0.0,
         },
     ),
@@ -185,7 +185,7 @@ EXPERIMENTS = {
         digits_network,
         digits,
         ("standard", "relu", *TABLE_1[1:], "crr", "sam"),
-        {"epochs": 30, "seeds": range(42, 45), "samples": 250, "bounds": (0.0, 1.0)},
+        {"epochs": 20, "seeds": range(42, 45), "samples": 128, "bounds": (0.0, 1.0), "clip": 1.0},
     ),
     "cifar": Experiment(resnet20, cifar, TABLE_1, _CIFAR),
     "ablations": Experiment(
