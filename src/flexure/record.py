@@ -5,6 +5,7 @@ What the numbers mean, and how they are shown, is not this module's business.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from datetime import datetime, timezone
 from enum import Enum
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,11 +27,21 @@ import torch
 
 from flexure.contracts import FlexureError
 
-__all__ = ["check_writable", "commit", "record", "to_json", "versions", "write_bytes", "write_json"]
+__all__ = [
+    "check_writable",
+    "code_digest",
+    "commit",
+    "record",
+    "to_json",
+    "versions",
+    "write_bytes",
+    "write_json",
+]
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 _PACKAGES = ("torch", "numpy", "flexure")
+_SOURCES = (".py", ".c")
 
 
 def record(*, config: Any, seed: int | None, numbers: Any) -> dict[str, Json]:
@@ -175,6 +187,18 @@ def commit() -> str | None:
     head = _git(here.parent, "rev-parse", "HEAD")
     changed = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
     return head and head + ("-dirty" if changed else "")
+
+
+@cache
+def code_digest() -> str:
+    """Digest of flexure's own source files, their names included: the same for the same code."""
+    root = Path(__file__).resolve().parent
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(path for path in root.rglob("*") if path.suffix in _SOURCES):
+        content = path.read_bytes()
+        name = path.relative_to(root).as_posix()
+        digest.update(f"{name} {len(content)} ".encode() + content)
+    return digest.hexdigest()
 
 
 def _container_to_json(value: Any) -> Json:

@@ -24,17 +24,19 @@ from flexure.contracts import Batches, FlexureError
 from flexure.data.augment import Augmentation
 from flexure.methods.backbone import Clock
 from flexure.methods.features import device_of, fingerprint
+from flexure.methods.flat_check import check_method
 from flexure.methods.flat_measured import ATTACK
 from flexure.methods.flat_methods import STANDARD, FlatMethod, flat_methods
 from flexure.methods.flat_result import FlatRun, FlatTraining, Plane
-from flexure.methods.flat_run import check_method, train_flat_once
+from flexure.methods.flat_run import train_flat_once, weights_digest
 from flexure.methods.flat_store import FlatStore
 from flexure.methods.flat_task import OPTIMIZERS, FlatTask, Network, Recipe, Space
 from flexure.methods.samples import content
 from flexure.methods.settings import check_counts, checked_seeds
 from flexure.methods.tuning_data import TuningData
+from flexure.models import RESIDUAL_FACTORS
 from flexure.progress import Progress, ProgressReporter
-from flexure.record import check_writable, to_json, versions
+from flexure.record import check_writable, code_digest, to_json, versions
 from flexure.train.schedules import lcnn_schedule
 
 __all__ = ["DEFAULTS", "RADII", "SEEDS", "train_flat"]
@@ -90,7 +92,8 @@ def train_flat(
     epoch. Learned betas and gammas have no weight decay: they have a penalty of their own.
     Nothing is chosen on test data.
 
-    A method that cannot be applied to the network is an error, before any training. A training
+    A method that cannot be applied to the network is an error, before any training: its changes are
+    made, and its penalties and perturbation computed once, on a copy. A training
     that fails (its loss or a gradient is not finite, say) is a failed run, which the result tells;
     the others go on. What a network does not have (a ReLU network has no curvature rate) is
     recorded with the reason.
@@ -117,7 +120,8 @@ def train_flat(
         keep: `"last"`: the weights after the last epoch count; `"best"`: those after the epoch that
             is best on `val`.
         augment: random flips and crops of training images.
-        residual: what becomes of residual sums where a network becomes an LCNN, see `to_lcnn`.
+        residual: what becomes of residual sums where a network becomes an LCNN, see `to_lcnn`;
+            an error where no method makes one.
         mean: one number a channel: inputs are pixels, and the network gets (x - mean)/std. All
             that is penalised, attacked and measured is in pixels then.
         std: likewise.
@@ -127,19 +131,21 @@ def train_flat(
         radii: l2 radii of the attacks, in input units.
         device: where to train; default: where the network is, or is made.
         store: folder of finished runs; the same comparison continues from it bit by bit, also amid
-            a run, and with more methods or seeds.
-        weights: folder for the final weights of every run, one safetensors file each.
+            a run, and with more methods or seeds; not under other code of flexure.
+        weights: folder for the final weights of every run, one safetensors file each; a file of
+            the same name is replaced, and deleted where the training fails.
         progress: True for a bar on stderr, or a callable (stage, done, total).
 
     Raises:
         FlexureError: a wrong argument, a method that does not fit the network, or a folder that
             holds runs of another comparison.
-        SiteError: a method that finds no activation to replace.
+        SiteError: a method whose activations cannot be reached, or which finds none to replace.
         DataError: empty data, classes that are not 0, 1, 2, ..., splits that share samples, or a
             network of fewer classes.
     """
     asked, seeds = flat_methods(methods, strengths), checked_seeds(seeds)
     check_counts(epochs=epochs, batch_size=batch_size, samples=samples)
+    _check_residual(residual, asked)
     rate = OPTIMIZERS.get(optimizer, 0.0) if lr is None else lr
     recipe = Recipe(epochs, optimizer, rate, momentum, weight_decay, clip, keep)
     space = Space(_floats(mean), _floats(std), _floats(bounds))  # type: ignore[arg-type]
@@ -147,8 +153,7 @@ def train_flat(
     clock = Clock()
     where = _device(model, device)
     with clock("reading"):
-        anchor = nn.Linear(1, 1, device=where)
-        data = TuningData(anchor, train, val, test, batch_size, seeds[0], augment=augment)
+        data = TuningData(_placed(where), train, val, test, batch_size, seeds[0], augment=augment)
         plane = _plane(data)
     task = FlatTask(
         network=model,
@@ -186,7 +191,8 @@ def _result(
     clock: Clock,
     plane: Plane | None,
 ) -> FlatTraining:
-    names = {method.name: method.says for method in methods}
+    changed = {run.method: run.changed for run in runs}
+    names = {method.name: method.told(changed.get(method.name, {})) for method in methods}
     sizes = {name: len(split) for name, split in data.splits.items()}
     return FlatTraining(
         methods=names,
@@ -227,13 +233,22 @@ class _Bench:
     def _run(self, method: FlatMethod, seed: int) -> FlatRun:
         file = self._weights and self._weights / f"{method.name}-{seed}.safetensors"
         found = self._store.get(method, seed)
-        if found is not None and (found.failure or file is None or file.exists()):
+        if found is not None and self._is_whole(found, file):
             return found
         folder = self._store.checkpoint(method, seed) if self._resumable else None
         report = partial(self._report, f"{method.name}, seed {seed}")
         run = train_flat_once(self._task, method, seed, folder=folder, weights=file, report=report)
         self._store.put(run, method)
         return run
+
+    @staticmethod
+    def _is_whole(run: FlatRun, file: Path | None) -> bool:
+        """Whether nothing is missing of a stored run: its weights are those in the file."""
+        if run.failure is not None and file is not None:
+            file.unlink(missing_ok=True)  # another comparison's
+        if run.failure is not None or file is None:
+            return True
+        return run.weights is not None and weights_digest(file) == run.weights
 
     def _report(self, run: str, stage: str, done: int, total: int) -> None:
         self._reporter(f"{run}: {stage}", done, total)
@@ -258,6 +273,7 @@ def _stored(
         **common,
         "measure seed": str(task.measure_seed),
         "library": f"flexure {library['flexure']}, torch {library['torch']}",
+        "code of flexure": code_digest(),
     }
     if folder is not None:
         yield FlatStore(folder, parts)
@@ -336,6 +352,26 @@ def _inputs(plane: Plane) -> Tensor:
     return torch.stack([x, y], -1)
 
 
+def _placed(device: torch.device) -> nn.Module:
+    """A module that is on a device, and draws nothing from a random generator."""
+    module = nn.Module()
+    module.register_buffer("place", torch.empty(0, device=device))
+    return module
+
+
+def _check_residual(residual: str, methods: Sequence[FlatMethod]) -> None:
+    if residual not in RESIDUAL_FACTORS:
+        raise FlexureError(
+            f"expected residual (--residual) to be one of {', '.join(RESIDUAL_FACTORS)}, got "
+            f"{residual!r}; choose one of them"
+        )
+    if residual != "sum" and not any(method.parts for method in methods):
+        raise FlexureError(
+            f"expected residual (--residual) with a method that makes an LCNN, got {residual!r} "
+            f"without one; leave it out, or add lcnn"
+        )
+
+
 def _device(model: Network, device: torch.device | str | None) -> torch.device:
     if device is not None:
         return torch.device(device)
@@ -350,7 +386,10 @@ def _radii(radii: Sequence[float]) -> tuple[float, ...]:
     given = tuple(radii)
     numbers = all(isinstance(r, Real) and not isinstance(r, bool) for r in given)
     if not given or not numbers or not 0 < min(given) <= max(given) < float("inf"):
-        raise FlexureError(f"expected radii of attacks (--radii) above 0, got {radii!r}")
+        raise FlexureError(
+            f"expected radii of attacks (--radii) above 0 and finite, got {radii!r}; give at least "
+            f"one such number"
+        )
     if len(set(given)) < len(given):
         raise FlexureError(f"expected each radius once, got {radii!r}; drop the repeated ones")
     return tuple(float(r) for r in given)

@@ -19,6 +19,7 @@ from flexure.attacks import PGD, robust_accuracy
 from flexure.calling import call_model, evaluating, logits_of, unwritten
 from flexure.contracts import DataError, FlexureError
 from flexure.layers.lipschitz_norm import LipschitzBatchNorm
+from flexure.measure.kinks import kinks
 from flexure.measure.lipschitz import lipschitz_bound
 from flexure.methods.flat_task import FlatTask
 from flexure.methods.measurements import NOISE_SAMPLES, RATE_SAMPLES, measure_model
@@ -53,7 +54,8 @@ def measured(
     """
     network = settled(network)
     work = _Measuring(task, task.space.wrap(network), store, report)
-    shape = tuple(next(iter(task.measured_train))[0].shape[1:])
+    one = next(iter(task.measured_train))[0][:1]
+    shape = tuple(one.shape[1:])
     steepest = task.space.steepest
     return {
         "test": work.tried("geometry", lambda: work.geometry("test", task.test, _TEST), {}),
@@ -66,6 +68,7 @@ def measured(
         "lipschitz": work.tried(
             "Lipschitz bound", lambda: steepest * float(lipschitz_bound(network, shape).value), None
         ),
+        "kinks": work.tried("search for kinks", lambda: kinks(work.model, one.to(task.device)), ()),
         "probabilities": None if task.grid is None else run_on_grid(work.model, task.grid),
         "betas": _values(network, CenteredSoftplus, "beta"),
         "gammas": _values(network, LipschitzBatchNorm, "gamma"),

@@ -21,6 +21,7 @@ from torch import nn
 from flexure.attacks import Adversarial
 from flexure.contracts import Example, FlexureError, Penalty, Perturbation, SiteError, UpdateRule
 from flexure.methods.lcnn import to_lcnn
+from flexure.methods.lcnn_report import parts_of
 from flexure.penalties import CURE, CurvatureRate, GradientNorm, LowCurvature
 from flexure.surgery import Site, install, plan, sites
 from flexure.train.sam import SAM
@@ -92,12 +93,21 @@ class FlatMethod:
     @property
     def says(self) -> str:
         """What it is, in words."""
-        told = [
-            row.says + (f" ({row.means} {self.strengths[row.name]:g})" if row.means else "")
-            for row in self.rows
-        ]
+        return self.told({})
+
+    def told(self, changed: Mapping[str, int]) -> str:
+        """What it is, in words.
+
+        Args:
+            changed: what `change` gave, so that no word claims what did not happen.
+        """
+        told = []
+        for row in self.rows:
+            number = f" ({row.means} {self.strengths[row.name]:g})" if row.means else ""
+            told.append(row.says + number + _places(row, changed))
         if not any(row.decides_activation for row in self.rows):
-            told.append(f"rectifiers become softplus with beta {STANDARD_BETA:g}")
+            became = f"rectifiers become softplus with beta {STANDARD_BETA:g}"
+            told.append(became + _places(METHODS[STANDARD], changed))
         return "; ".join(told)
 
     @property
@@ -105,7 +115,7 @@ class FlatMethod:
         """The parts of `to_lcnn` that it has."""
         return tuple(row.lcnn for row in self.rows if row.lcnn is not None)
 
-    def change(self, network: nn.Module, example: Example, *, residual: str) -> None:
+    def change(self, network: nn.Module, example: Example, *, residual: str) -> dict[str, int]:
         """Changes a network in place, before it is trained.
 
         Args:
@@ -113,17 +123,27 @@ class FlatMethod:
             example: an input, to find activations with.
             residual: what becomes of residual sums where the network becomes an LCNN.
 
+        Returns:
+            Part of the network (`"activation"`, `"linear"`, `"norm"`) -> how many of its sites or
+            layers were replaced, for those that the method replaces.
+
         Raises:
-            FlexureError: the method does not fit the network.
+            FlexureError: the method does not fit the network, or finds nothing in it to replace.
         """
+        changed: dict[str, int] = {}
         betas = [row.softplus for row in self.rows if row.softplus is not None]
         decided = any(row.decides_activation for row in self.rows)
         if betas or not decided:
             needed = bool(betas) and all(row.name != STANDARD for row in self.rows)
-            _smooth(network, example, betas[0] if betas else STANDARD_BETA, needed=needed)
+            beta = betas[0] if betas else STANDARD_BETA
+            changed["activation"] = _smooth(network, example, beta, needed=needed)
         if self.parts:
             with redirect_stdout(StringIO()):  # its report, for each of many runs
                 to_lcnn(network, example=example, parts=self.parts, residual=residual)
+            done = [part.kind for part in parts_of(network) if not part.left]
+            changed |= {kind: done.count(kind) for kind in self.parts}
+            self._check_useful(changed)
+        return changed
 
     def penalties(self) -> dict[Penalty, float]:
         """Penalty -> weight, new objects."""
@@ -145,6 +165,22 @@ class FlatMethod:
         """How an update is made; None: as usual."""
         made = [row.update(self.strengths[row.name]) for row in self.rows if row.update]
         return made[0] if made else None
+
+    def _check_useful(self, changed: Mapping[str, int]) -> None:
+        """Refuses parts that were asked for by name, and found nothing to replace.
+
+        A row that stands for several takes those that the network has, if its penalty has some.
+        """
+        for name in self.name.split("+"):
+            rows = [METHODS[part] for part in METHODS[name].of or (name,)]
+            needed = [row for row in rows if row.low_curvature] or rows
+            kinds = [row.lcnn for row in needed if row.lcnn is not None]
+            if kinds and not any(changed[kind] for kind in kinds):
+                remedy = "; take specnorm for its layers alone" if len(rows) > 1 else ""
+                raise FlexureError(
+                    f"expected a {' or '.join(_REPLACED[kind] for kind in kinds)} in the network "
+                    f"to replace, got none{remedy}"
+                )
 
 
 def flat_methods(
@@ -210,9 +246,10 @@ def _strengths(given: Mapping[str, float]) -> dict[str, float]:
     known = {row.name: row.strength for row in METHODS.values() if row.strength is not None}
     for name, value in given.items():
         if name not in known:
+            parts = [part for part in METHODS[name].of if part in known] if name in METHODS else []
+            remedy = f"give one of its part {' or '.join(parts)}" if parts else "leave it out"
             raise FlexureError(
-                f"expected a weight of one of {', '.join(known)}, got one of {name!r}; no other "
-                f"method has a number to set"
+                f"expected a weight of one of {', '.join(known)}, got one of {name!r}; {remedy}"
             )
         number = isinstance(value, Real) and not isinstance(value, bool)
         if not number or not 0 < value < math.inf:
@@ -227,8 +264,19 @@ def _known() -> str:
     return f"known are {', '.join(METHODS)}, and several of them with + between"
 
 
-def _smooth(network: nn.Module, example: Example, beta: float, *, needed: bool) -> None:
+def _places(row: MethodRow, changed: Mapping[str, int]) -> str:
+    """How many sites or layers a row replaced, where that is known."""
+    kind = row.lcnn or ("activation" if row.softplus is not None else "")
+    if kind not in changed:
+        return ""
+    return f", {changed[kind]} replaced" if changed[kind] else ", nothing to replace"
+
+
+def _smooth(network: nn.Module, example: Example, beta: float, *, needed: bool) -> int:
     """Puts a softplus in the place of every rectifier; smooth activations stay as they are.
+
+    Returns:
+        How many were replaced.
 
     Raises:
         SiteError: a rectifier cannot be reached; or `needed`, and there is none.
@@ -244,16 +292,23 @@ def _smooth(network: nn.Module, example: Example, beta: float, *, needed: bool) 
         if needed:
             raise SiteError(
                 f"expected rectifiers to replace by softplus with beta {beta:g}, got none: "
-                f"{report.summary}; leave the method out"
+                f"{report.summary}; train the network as it is (relu)"
             )
-        return
+        return 0
     # Not complete: what a smooth network calls under a measure is no rectifier that was missed.
     install(network, plan(report, chosen, complete=False), lambda site, original: Softplus(beta))
+    return len(chosen)
 
 
 def _rectifies(site: Site) -> bool:
     """Whether it is max(x, 0): not one with a slope below zero, nor with a cap."""
     return site.exact_at_relu and all(value is None for value in site.params.values())
+
+
+_REPLACED: Mapping[str, str] = {
+    "activation": "rectifier", "linear": "linear layer or convolution", "norm": "BatchNorm",
+}  # fmt: skip
+"""Part of `to_lcnn` -> what it replaces."""
 
 
 def _adversarial(radius: float) -> Perturbation:

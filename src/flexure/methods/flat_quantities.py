@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -78,6 +78,10 @@ class FlatQuantity:
         better: which direction is wanted; None: neither.
         kind: `"mean"` over samples, `"share"` of samples, or `"run"`: one number a run.
         values: where the numbers are in a run.
+        positive: whether no value is below 0: its intervals then end there, since a t-interval of
+            few seeds may go on. Not those of differences.
+        of_hessian: whether it comes from the Hessian, which does not see kinks: networks with
+            some are not compared by it.
     """
 
     name: str
@@ -86,11 +90,16 @@ class FlatQuantity:
     better: Literal["lower", "higher"] | None
     kind: Literal["mean", "share", "run"]
     values: Values
+    positive: bool = True
+    of_hessian: bool = False
 
     def estimate(self, runs: Sequence[FlatRun]) -> FlatEstimate | None:
         """Of the runs of one method; None where none of them has the quantity."""
         found = [value for run in runs if (value := self._of(run)) is not None]
-        return _RULES[self.kind][0](found) if found else None
+        if not found:
+            return None
+        told = _RULES[self.kind][0](found)
+        return replace(told, low=max(told.low, 0.0)) if self.positive and told.low < 0 else told
 
     def difference(
         self, runs: Sequence[FlatRun], baseline: Sequence[FlatRun]
@@ -129,7 +138,7 @@ def quantities(radii: Sequence[float]) -> tuple[FlatQuantity, ...]:
         )
         for k, radius in enumerate(radii)
     )
-    return (*_GEOMETRY, _ACCURACY, *attacked, _SECONDS, *_MORE)
+    return (*_GEOMETRY, _ACCURACY, _CLEAN, *attacked, _SECONDS, *_MORE)
 
 
 def over_seeds(values: Sequence[float]) -> FlatEstimate:
@@ -193,6 +202,12 @@ def _sampled(run: FlatRun, measure: str, field: str) -> Tensor | None:
     return None if summary is None else summary.result.samples()[field]
 
 
+def _clean(run: FlatRun) -> Tensor | None:
+    """Right answers without attack to the samples that were attacked, the first ones."""
+    right = _sampled(run, "calibration", "correct")
+    return None if right is None or run.robust is None else right[: len(run.robust)]
+
+
 def _robust(run: FlatRun, column: int) -> Tensor | None:
     return None if run.robust is None else run.robust[:, column]
 
@@ -216,11 +231,11 @@ _GEOMETRY = (
     ),
     FlatQuantity(
         "hessian_norm", "Hessian norm (nats / input unit²)", "E|Hess|", "lower", "mean",
-        partial(_sampled, measure="curvature", field="hessian_norm"),
+        partial(_sampled, measure="curvature", field="hessian_norm"), of_hessian=True,
     ),
     FlatQuantity(
         "normalized", "normalised curvature (1 / input unit)", "E C", "lower", "mean",
-        partial(_sampled, measure="curvature", field="normalized"),
+        partial(_sampled, measure="curvature", field="normalized"), of_hessian=True,
     ),
 )  # fmt: skip
 
@@ -228,6 +243,10 @@ _ACCURACY = FlatQuantity(
     "accuracy", "accuracy on test data (share)", "accuracy", "higher", "share",
     partial(_sampled, measure="calibration", field="correct"),
 )  # fmt: skip
+
+_CLEAN = FlatQuantity(
+    "clean", "accuracy on the attacked samples (share)", "clean", "higher", "share", _clean
+)
 
 _SECONDS = FlatQuantity(
     "seconds_per_epoch", "seconds per epoch, validation not included", "s/epoch", "lower", "run",

@@ -1,7 +1,7 @@
 """What training one network by several methods found. The training itself is in `flat.py`.
 
 Which quantities there are, and how runs become one number with an interval, is
-`flat_quantities.py`'s.
+`flat_quantities.py`'s; what a reader must know of the numbers is told in `flat_notes.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flexure.measure.discrepancy import Discrepancy, discrepancy
 from flexure.methods.columns import aligned
+from flexure.methods.flat_notes import flat_notes
 from flexure.methods.flat_quantities import FlatEstimate, FlatQuantity, over_seeds, quantities
 from flexure.record import to_json
 
@@ -64,6 +65,10 @@ class FlatRun:
         lipschitz: bound of the logits' Lipschitz constant, in 1 / input unit; None where refused.
         betas: site -> learned beta of the centered softplus; empty where there are none.
         gammas: layer -> learned gamma of the Lipschitz BatchNorm.
+        kinks: functions of the network at which its gradient jumps; no Hessian sees that.
+        changed: part of the network -> how many of its sites or layers the method replaced, of
+            `"activation"`, `"linear"` and `"norm"` those that it replaces.
+        weights: digest of the file of final weights; None where none was written.
         refusals: what was to be measured -> why this network does not have it.
         warnings: what was warned of during the run.
         failure: why the training could not be finished; then nothing was measured.
@@ -88,6 +93,9 @@ class FlatRun:
     lipschitz: float | None = None
     betas: Mapping[str, float] = field(default_factory=dict)
     gammas: Mapping[str, float] = field(default_factory=dict)
+    kinks: tuple[str, ...] = ()
+    changed: Mapping[str, int] = field(default_factory=dict)
+    weights: str | None = field(default=None, compare=False)
     refusals: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     failure: str | None = None
@@ -176,6 +184,11 @@ class FlatRow:
         return tuple(run for run in self.runs if run.failure is None)
 
     @property
+    def kinks(self) -> tuple[str, ...]:
+        """Functions of its networks at which the gradient jumps."""
+        return tuple(dict.fromkeys(name for run in self.runs for name in run.kinks))
+
+    @property
     def parameters(self) -> int:
         """Trained numbers."""
         return self.runs[0].parameters
@@ -183,7 +196,7 @@ class FlatRow:
     def to_dict(self) -> dict[str, Any]:
         """The row in JSON terms, its runs without single samples."""
         own = {name: to_json(getattr(self, name)) for name in self.__dataclass_fields__}
-        return {**own, "parameters": self.parameters}
+        return {**own, "parameters": self.parameters, "kinks": list(self.kinks)}
 
 
 @dataclass(frozen=True)
@@ -233,27 +246,22 @@ class FlatTraining:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the numbers must know, one clause each."""
-        notes = list(self.told)
-        if len(self.seeds) == 2:
-            notes.append("two seeds say little about their spread: the intervals are wide")
-        for method in self.methods:
-            runs = self._runs(method)
-            notes += [f"{method}, seed {r.seed}: failed ({r.failure})" for r in runs if r.failure]
-            refused = {key: why for run in runs for key, why in run.refusals.items()}
-            notes += [f"{method} has no {key}: {why}" for key, why in refused.items()]
-            notes += _unconverged(method, runs)
-            told = dict.fromkeys(text for run in runs for text in run.warnings)
-            notes += [f"{method}: {text}" for text in told]
-        return tuple(notes)
+        return (*self.told, *flat_notes(self))
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        """What the intervals of numbers with samples cover the draw of, in words."""
+        found = [one for row in self.rows for one in row.estimates.values()]
+        return tuple(dict.fromkeys(e.covers for e in found if e.has_interval and e.samples))
 
     def table(self) -> list[dict[str, str]]:
         """The main table as text, one dictionary a method, the same keys in each."""
-        names = [*_TABLE, *(f"pgd_{radius:g}" for radius in self.radii), "seconds_per_epoch"]
+        names = [*self._shown(), "seconds_per_epoch"]
         return [self._cells(row, names, row.estimates, sign="") for row in self.rows]
 
     def differences(self) -> list[dict[str, str]]:
         """The table of differences to the baseline, likewise, without the baseline."""
-        names = [*_TABLE, *(f"pgd_{radius:g}" for radius in self.radii)]
+        names = self._shown()
         rows = [row for row in self.rows if row.method != self.baseline]
         return [self._cells(row, names, row.differences, sign="+") for row in rows]
 
@@ -269,11 +277,12 @@ class FlatTraining:
         lines = aligned(self.table())
         if differences := self.differences():
             lines += ["", f"minus {self.baseline}, paired:", *aligned(differences)]
-        covers = dict.fromkeys(
-            found.covers for row in self.rows for found in row.estimates.values() if found.samples
-        )
-        lines += [f"95 % intervals over {' or '.join(covers)}; shares in %."] if covers else []
+        intervals = f"95 % intervals over {' or '.join(self.covers)}; " if self.covers else ""
+        lines += [f"{intervals}shares in %."]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _shown(self) -> list[str]:
+        return [*_TABLE, "clean", *(f"pgd_{radius:g}" for radius in self.radii)]
 
     def _runs(self, method: str) -> tuple[FlatRun, ...]:
         return tuple(run for run in self.runs if run.method == method)
@@ -338,14 +347,6 @@ def _noise_at(runs: Sequence[FlatRun], column: int, radius: float) -> FlatNoise:
     medians = [values(run, "estimated_bound").double().nanquantile(0.5) for run in runs]
     bound = float(sum(medians)) / len(runs)
     return FlatNoise(radius, change or over_seeds([math.nan]), bound)
-
-
-def _unconverged(method: str, runs: Sequence[FlatRun]) -> list[str]:
-    """How many Hessian norms are lower bounds."""
-    found = [run.test["curvature"].result.converged for run in runs if "curvature" in run.test]
-    left = sum(int((~one).sum()) for one in found)
-    total = sum(len(one) for one in found)
-    return [f"{method}: {left} of {total} Hessian norms are lower bounds"] if left else []
 
 
 def _text(quantity: FlatQuantity, found: FlatEstimate | None, sign: str) -> str:

@@ -5,6 +5,7 @@ Which runs there are, and what is kept of them, is `flat.py`'s.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 import warnings
@@ -13,12 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from flexure.calling import call_model, check_logits, evaluating, logits_of, seeded, unwritten
-from flexure.contracts import DataError, FlexureError
+from flexure.calling import seeded
+from flexure.contracts import FlexureError
 from flexure.methods.features import fingerprint
 from flexure.methods.flat_measured import measured
 from flexure.methods.flat_methods import FlatMethod
@@ -27,34 +27,10 @@ from flexure.methods.flat_task import FlatTask
 from flexure.record import write_bytes
 from flexure.train.fit import fit
 
-__all__ = ["Report", "check_method", "train_flat_once"]
+__all__ = ["Report", "changed_network", "train_flat_once", "weights_digest"]
 
 Report = Callable[[str, int, int], None]
 """(stage, done, total)."""
-
-
-def check_method(task: FlatTask, method: FlatMethod, seed: int, classes: int) -> None:
-    """Applies a method to a network that is then dropped, to find out whether it can be.
-
-    Raises:
-        FlexureError: it cannot, or the network does not take the data or has too few classes.
-    """
-    try:
-        with _noted():  # its runs will warn of the same
-            network = _changed(task, method, seed)
-    except FlexureError as error:
-        raise type(error)(
-            f"the method {method.name!r} does not fit: {error}; or leave it out"
-        ) from error
-    model = task.space.wrap(network)
-    with evaluating(model), unwritten(model), torch.no_grad():
-        logits = check_logits(logits_of(call_model(model, task.example)), None)
-    if logits.shape[1] < classes:
-        raise DataError(
-            f"expected a network of the {classes} classes of the data, got one of "
-            f"{logits.shape[1]}; make it with as many outputs (?num_classes={classes}, or the last "
-            f"of ?sizes=)"
-        )
 
 
 def train_flat_once(
@@ -73,7 +49,8 @@ def train_flat_once(
         method: how it is changed and trained.
         seed: of the initial weights, the order of the samples, and all that training draws.
         folder: for the state of a run that is not finished; where it holds one, that goes on.
-        weights: file for the final weights.
+        weights: file for the final weights; what is there is deleted first, so that after a
+            failure it is not taken for this run's.
         report: is told how far it has come.
 
     Returns:
@@ -83,15 +60,19 @@ def train_flat_once(
         FlexureError: the method does not fit the network.
         DataError: the data cannot be used.
     """
+    if weights is not None:
+        weights.unlink(missing_ok=True)
+    written = None
     with _noted() as told:
         start = fingerprint(task.start(seed))
-        network = _changed(task, method, seed)
+        network, changed = changed_network(task, method, seed)
         model = task.space.wrap(network)
         found = _trained(task, method, seed, model, _inside(folder, "training"), report)
         if found["failure"] is None:
             if weights is not None:
                 state = {name: value.contiguous() for name, value in network.state_dict().items()}
                 write_bytes(weights, save({k: v.cpu().clone() for k, v in state.items()}))
+                written = weights_digest(weights)
             found |= measured(task, network, store=_inside(folder, "measured"), report=report)
     trained = [p for p in network.parameters() if p.requires_grad]
     return FlatRun(
@@ -100,8 +81,18 @@ def train_flat_once(
         start=start,
         parameters=sum(p.numel() for p in trained),
         **found,
+        changed=changed,
+        weights=written,
         warnings=tuple(dict.fromkeys(told)),
     )
+
+
+def weights_digest(file: Path) -> str | None:
+    """Digest of a file of weights; None where there is none."""
+    try:
+        return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+    except FileNotFoundError:
+        return None
 
 
 class _Timed:
@@ -128,12 +119,14 @@ class _Timed:
         self.seconds.append(time.perf_counter() - start)
 
 
-def _changed(task: FlatTask, method: FlatMethod, seed: int) -> nn.Module:
-    """A new network, changed as the method says."""
+def changed_network(
+    task: FlatTask, method: FlatMethod, seed: int
+) -> tuple[nn.Module, dict[str, int]]:
+    """A new network, changed as the method says, and how much of it was."""
     network = task.start(seed)
     with seeded(seed):  # vectors that power iterations start with
-        method.change(network, task.example, residual=task.residual)
-    return network
+        changed = method.change(network, task.example, residual=task.residual)
+    return network, changed
 
 
 def _trained(

@@ -95,7 +95,10 @@ class Recipe:
         if self.clip is not None:
             _number("a largest gradient norm (--clip)", self.clip, above=0.0)
         if self.keep not in ("last", "best"):
-            raise FlexureError(f"expected keep to be 'last' or 'best', got {self.keep!r}")
+            raise FlexureError(
+                f"expected keep (--keep) to be 'last' or 'best', got {self.keep!r}; choose one of "
+                f"them"
+            )
 
     def made(self, model: nn.Module) -> Optimizer:
         """The optimiser of a model's trainable parameters.

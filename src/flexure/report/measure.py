@@ -99,7 +99,11 @@ def _sentence(found: Measurements, row: Row) -> str:
 def _verdict(told: QuantityDifference) -> str:
     compared = "Ratio" if told.is_ratio else "Difference"
     unsure = told.has_interval and not told.certain
-    sure = f": the interval includes {told.neutral:g}, that is, no difference" if unsure else ""
+    sure = (
+        f": the interval includes {told.neutral:g}, the data do not tell which is lower"
+        if unsure
+        else ""
+    )
     return f"{compared} on the same samples {str(told).removeprefix('times ')}{sure}."
 
 

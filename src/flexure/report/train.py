@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from flexure.methods.flat_notes import BLIND
 from flexure.methods.flat_quantities import FlatQuantity
 from flexure.methods.flat_result import FlatRow, FlatTraining
 from flexure.report.page import Section, write_page
@@ -123,13 +124,16 @@ def flat_sections(found: FlatTraining) -> list[Section]:
 
 def _leader(found: FlatTraining, quantity: FlatQuantity) -> str:
     """Which method is best in a quantity, and how sure that is; empty where none has it."""
-    values = {
+    known = {
         row.method: told.value
         for row in found.rows
         if (told := row.estimates.get(quantity.name)) is not None and math.isfinite(told.value)
     }
+    blind = [m for m in known if quantity.of_hessian and found[m].kinks]
+    values = {method: value for method, value in known.items() if method not in blind}
+    left = _left_out(found, quantity, blind)
     if not values:
-        return ""
+        return left
     best = (max if quantity.better == "higher" else min)(values.values())
     first, *tied = (found[method] for method, value in values.items() if value == best)
     label = quantity.label.replace(" (share)", "")
@@ -142,7 +146,22 @@ def _leader(found: FlatTraining, quantity: FlatQuantity) -> str:
     text = f"{label[:1].upper()}{label[1:]}, {_value(found, quantity, first)}."
     others = sorted((m for m in values if values[m] != best), key=lambda m: abs(values[m] - best))
     compared = dict.fromkeys([*(m for m in others if m == found.baseline), *others[:1]])
-    return " ".join([text, *(_against(found, quantity, first, found[m]) for m in compared)])
+    against = [_against(found, quantity, first, found[m]) for m in compared]
+    return " ".join([text, *against, *([left] if left else [])])
+
+
+def _left_out(found: FlatTraining, quantity: FlatQuantity, methods: Sequence[str]) -> str:
+    """Which networks cannot be compared by a quantity, and why; empty where all can."""
+    if not methods:
+        return ""
+    *some, last = (_quoted(found[method]) for method in methods)
+    names = f"{', '.join(some)} and {last}" if some else last
+    functions = dict.fromkeys(name for method in methods for name in found[method].kinks)
+    have = "has" if len(methods) == 1 else "have"
+    return (
+        f"Not compared by {quantity.label.split(' (')[0]}: {names}, which {have} kinks "
+        f"({', '.join(functions)}); {BLIND}."
+    )
 
 
 def _quoted(row: FlatRow) -> str:
@@ -168,7 +187,8 @@ def _against(found: FlatTraining, quantity: FlatQuantity, first: FlatRow, other:
     if told is None or text is None:
         return f"Not to be compared, run by run, with {of}."
     unsure = told.has_interval and told.low <= 0 <= told.high
-    sure = ": the interval includes 0, that is, no difference" if unsure else ""
+    which = "higher" if quantity.better == "higher" else "lower"
+    sure = f": the interval includes 0, the data do not tell which is {which}" if unsure else ""
     unit = " points" * (quantity.kind == "share")
     head, *ends = text.split(" ", 1)
     return f"Against {of}: {' '.join([head + unit, *ends])}{sure}."
@@ -216,8 +236,13 @@ def _geometry_section(found: FlatTraining) -> Section:
         table=geometry_table(found),
         caption=f"Means over samples and runs{intervals}. Geometry is that of the cross-entropy at "
         f"the true label, on {_measured(found)}; accuracy is on all test samples. Curvature is the "
-        "Hessian norm over the gradient norm, of each sample.",
+        f"Hessian norm over the gradient norm, of each sample.{_kinked(found)}",
     )
+
+
+def _kinked(found: FlatTraining) -> str:
+    rows = [_quoted(row) for row in found.rows if row.kinks]
+    return f" Networks with kinks: {', '.join(rows)}; {BLIND}." if rows else ""
 
 
 def _difference_sections(found: FlatTraining, what: str, names: Sequence[str]) -> list[Section]:
@@ -230,7 +255,7 @@ def _difference_sections(found: FlatTraining, what: str, names: Sequence[str]) -
             f"Minus {found.baseline}: {what}",
             table=estimate_table(found, names, rows, lambda row: row.differences, "+"),
             caption="Differences on the same samples, and between runs of the same seed, with 95 % "
-            "intervals; of accuracies in percentage points.",
+            f"intervals; of accuracies in percentage points.{_kinked(found)}",
         )
     ]
 

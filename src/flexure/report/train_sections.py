@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from flexure.contracts import FlexureError
-from flexure.methods.flat_quantities import FlatEstimate, FlatQuantity
+from flexure.methods.flat_quantities import FlatEstimate
 from flexure.methods.flat_result import FlatRow, FlatRun, FlatTraining, Plane
 from flexure.report.canvas import Curve, Picture
 from flexure.report.geometry_plots import NoiseLine, under_noise
@@ -23,9 +23,9 @@ from flexure.report.plots import Estimate, curves
 from flexure.report.tables import percent
 from flexure.report.train_plots import ClassMap, against_radius, class_map, class_maps, tradeoff
 from flexure.report.train_tables import (
+    NOISE_COLUMNS,
     attack_names,
     estimate_table,
-    estimate_text,
     head_of,
     noise_table,
     site_values,
@@ -84,7 +84,7 @@ def attack_sections(found: FlatTraining) -> list[Section]:
     if not rows:
         return []
     lines = [
-        (row.method, [_of(row_clean(row), 100), *(_of(row.estimates.get(n), 100) for n in names)])
+        (row.method, [_of(row.estimates.get(name), 100) for name in ("clean", *names)])
         for row in found.rows
     ]
     picture = against_radius(
@@ -100,24 +100,13 @@ def attack_sections(found: FlatTraining) -> list[Section]:
         Section(
             "Accuracy under attack",
             pictures=(picture,),
-            table=estimate_table(found, ["accuracy", *names], found.rows, lambda r: r.estimates),
-            caption=f"On {first}, the same ones without attack (radius 0); bars are 95 % "
-            "intervals. Marks at one radius are drawn side by side. The table's accuracy without "
-            "attack is that on all test data. An attack gives an upper limit: a stronger one could "
+            table=estimate_table(found, ["clean", *names], found.rows, lambda r: r.estimates),
+            caption=f"On {first}, the same ones without attack (radius 0, “clean”); bars are 95 % "
+            "intervals. Marks at one radius are drawn side by side. Accuracy in other tables is "
+            "that on all test samples. An attack gives an upper limit: a stronger one could "
             f"find more. {_attack(found)}",
         )
     ]
-
-
-def row_clean(row: FlatRow) -> FlatEstimate | None:
-    """The accuracy without attack on the samples that were attacked."""
-
-    def right(run: FlatRun) -> Any:
-        if run.robust is None or "calibration" not in run.test:
-            return None
-        return run.test["calibration"].result.correct[: len(run.robust)]
-
-    return FlatQuantity("clean", "accuracy", "", "higher", "share", right).estimate(row.runs)
 
 
 def noise_figure(found: FlatTraining, *, methods: Sequence[str] | None = None) -> Picture:
@@ -166,8 +155,9 @@ def noise_sections(found: FlatTraining) -> list[Section]:
             "In the picture: medians over samples of the change under random noise of each norm, "
             "and of Proposition 1's bound, e to the power of noise times curvature, minus 1. The "
             "curvature in it is the largest that was found on points of the segment: an estimate. "
-            "In the table: means of the change, with 95 % intervals, and in how many draws it is "
-            "beyond its sample's bound, over the radii. At kinks of ReLU the gradient jumps, which "
+            f"In the table: means of the change at most {NOISE_COLUMNS} of the norms, with 95 % "
+            "intervals, and in how many draws it is beyond its sample's bound, over all norms. At "
+            "kinks of ReLU the gradient jumps, which "
             f"no curvature sees: there the bound does not hold.{missing}",
         )
     ]
@@ -260,13 +250,7 @@ def curve_sections(found: FlatTraining) -> list[Section]:
 
 
 def learned_sections(found: FlatTraining) -> list[Section]:
-    """Learned betas and gammas over sites, and what they come to: the Lipschitz bound."""
-    bound = found.quantities["lipschitz"]
-    told = "; ".join(
-        f"“{row.method}” {estimate_text(bound, row.estimates['lipschitz'])}"
-        for row in found.rows
-        if "lipschitz" in row.estimates
-    )
+    """Learned betas and gammas over sites."""
     sections: list[Section] = []
     for name, (title, axis, whose) in _LEARNED.items():
         learned = site_values(found, name)
@@ -283,7 +267,7 @@ def learned_sections(found: FlatTraining) -> list[Section]:
         sections.append(
             Section(
                 title,
-                (f"{bound.label}: {told}.",) if told and not sections else (),
+                (),
                 tuple(picture),
                 site_values_table(learned),
                 f"{whose}, in network order.{means}",

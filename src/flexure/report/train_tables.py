@@ -15,6 +15,7 @@ from flexure.report.geometry_sections import NOISE, violated
 from flexure.report.tables import Table, table_of
 
 __all__ = [
+    "NOISE_COLUMNS",
     "attack_names",
     "covers",
     "discrepancy_table",
@@ -35,6 +36,9 @@ GEOMETRY = ("gradient_norm", "hessian_norm", "normalized", "accuracy")
 _MORE = ("nll", "ece", "rate", "lipschitz")
 _PLAIN = (1e-4, 1e5)  # numbers from the one to the other are written without a power of ten
 _DIGITS = 3
+NOISE_COLUMNS = 4
+"""Radii in the table of gradient changes; the picture has all."""
+
 _SITES = 40  # rows of the table of learned values; the picture has all
 
 
@@ -73,13 +77,7 @@ def estimate_text(quantity: FlatQuantity, told: FlatEstimate | None, sign: str =
 
 def covers(found: FlatTraining) -> str:
     """What the intervals cover the draw of, in words."""
-    told = dict.fromkeys(
-        one.covers
-        for row in found.rows
-        for one in row.estimates.values()
-        if one.has_interval and one.samples
-    )
-    return "; ".join(told)
+    return "; ".join(found.covers)
 
 
 def methods_table(found: FlatTraining) -> Table:
@@ -165,9 +163,14 @@ def discrepancy_table(found: FlatTraining) -> Table:
 
 
 def noise_table(found: FlatTraining) -> Table:
-    """Mean gradient changes with their intervals, one row a method, one column a radius."""
+    """Mean gradient changes with their intervals, one row a method, one column a radius.
+
+    Of many radii, the first, the last and some between, evenly: a page shows no more.
+    """
     rows = [row for row in found.rows if row.noise]
-    radii = sorted({point.radius for row in rows for point in row.noise})
+    every = sorted({point.radius for row in rows for point in row.noise})
+    last, most = len(every) - 1, min(len(every), NOISE_COLUMNS)
+    radii = [every[round(k * last / max(most - 1, 1))] for k in range(most)]
     heads = [f"noise {radius:.3g}" for radius in radii]
     cells = []
     for row in rows:
