@@ -33,7 +33,8 @@ app.command()(demo.demo)
 def main() -> None:
     """Runs the command line.
 
-    Exit codes: 0 done, 2 the user's mistake (one line on stderr), 130 interrupted.
+    Exit codes: 0 done, 1 nothing could be finished (one line on stderr), 2 the user's mistake
+    (likewise), 130 interrupted.
     """
     warnings.showwarning = _show_warning
     try:

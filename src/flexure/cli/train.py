@@ -169,6 +169,7 @@ def train(
         print_json(payload)
     else:
         _print(found, start.says, out)
+    _check_finished(found)
 
 
 @dataclass(frozen=True)
@@ -267,11 +268,15 @@ def _space(
 def _strengths(texts: Sequence[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for text in texts:
-        name, _, value = text.partition("=")
+        name, _, value = (part.strip() for part in text.partition("="))
+        if name in found:
+            raise FlexureError(f"expected one --weight of {name}, got several; drop all but one")
         try:
-            found[name.strip()] = float(value)
+            found[name] = float(value)
         except ValueError:
-            raise FlexureError(f"expected --weight like gradreg=1e-2, got {text!r}") from None
+            raise FlexureError(
+                f"expected --weight like gradreg=1e-2, got {text!r}; give a name and a number"
+            ) from None
     return found
 
 
@@ -279,13 +284,18 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise FlexureError(f"expected --radii like 0.05,0.1, got {text!r}") from None
+        raise FlexureError(
+            f"expected --radii like 0.05,0.1, got {text!r}; give numbers with commas between"
+        ) from None
 
 
 def _augmentation(text: str) -> Augmentation:
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names or not set(names) <= {"flip", "crop"}:
-        raise FlexureError(f"expected --augment flip, crop or flip,crop, got {text!r}")
+        raise FlexureError(
+            f"expected --augment flip, crop or flip,crop, got {text!r}; give one of them, or leave "
+            f"it out"
+        )
     return Augmentation(flip="flip" in names, crop=Augmentation.crop if "crop" in names else 0)
 
 
@@ -299,6 +309,14 @@ def _write_page(path: Path, found: FlatTraining, payload: dict[str, Any]) -> Non
 
     title = f"{payload['config']['model']} trained on {payload['config']['data']}"
     flat_page(path, found, title=title, run=run_table(payload))
+
+
+def _check_finished(found: FlatTraining) -> None:
+    """Ends the program with 1 where no training was finished: there is no number then."""
+    failures = [run.failure for run in found.runs if run.failure is not None]
+    if len(failures) == len(found.runs):
+        typer.echo(f"flexure: no training was finished; the first failed: {failures[0]}", err=True)
+        raise typer.Exit(1)
 
 
 def _print(found: FlatTraining, start: str, out: Path) -> None:
