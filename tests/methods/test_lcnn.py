@@ -697,3 +697,188 @@ def test_gamma_stays_wide_in_a_half_precision_network() -> None:
     to_lcnn(model, example=torch.randn(5, 3).bfloat16())
     assert model[1].raw_gamma.dtype == torch.float32
     assert model[1].gamma.item() == pytest.approx(10.0)
+
+
+# what is refused before anything is changed, and what is told of what stays
+
+
+class Resized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.ConvTranspose2d(3, 4, 3, 2, 1), nn.Linear(256, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.up(x, output_size=(8, 8))).flatten(1))
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyConv2d(3, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(2))
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "message"),
+    [
+        (Resized, torch.zeros(1, 3, 4, 4), "up: called with output_size.*output_padding"),
+        (lazy, IMAGE, r"lazy ones at 0, 1, 3; run a batch"),
+        (lambda: nn.BatchNorm2d(3), IMAGE, r"BatchNorm2d itself; wrap it in nn\.Sequential"),
+    ],
+)
+def test_what_cannot_run_afterwards_is_refused_before(
+    make: Callable[[], nn.Module], x: Tensor, message: str
+) -> None:
+    model = make()
+    modes = [(path, type(module)) for path, module in model.named_modules()]
+    with pytest.raises(FlexureError, match=f"(?s){message}"):
+        to_lcnn(model, x)
+    assert [(path, type(module)) for path, module in model.named_modules()] == modes
+
+
+def test_a_converted_model_that_does_not_run_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    module: Any = importlib.import_module("flexure.layers.spectral_norm")
+    model = vgg_like()
+    before = fingerprint(model)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("does not run any more")
+
+    monkeypatch.setattr(module._NoteSize, "__call__", fail)
+    with pytest.raises(SiteError, match="does not run"):
+        to_lcnn(model)
+    assert fingerprint(model) == before
+
+
+def test_no_conversion_inside_inference_mode() -> None:
+    model = vgg_like()
+    before = fingerprint(model)
+    with torch.inference_mode(), pytest.raises(FlexureError, match="inference_mode"):
+        to_lcnn(model)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta": "5"}, "beta.*'5'"),
+        ({"beta": True}, "beta.*True"),
+        ({"gamma": None}, "gamma.*None"),
+        ({"gamma": torch.ones(2)}, "gamma"),
+        ({"residual": ["mean"]}, "residual"),
+        ({"pooling": True}, "pooling"),
+        ({"parts": None}, "parts.*None"),
+        ({"parts": 5}, "parts.*5"),
+        ({"leave": 5}, "leave.*5"),
+        ({"leave": None}, "leave.*None"),
+        ({"leave": ["0", 3]}, "leave.*3"),
+        ({"example": None}, "example.*NoneType"),
+        ({"example": 3}, "example.*int"),
+    ],
+)
+def test_settings_of_wrong_types(settings: dict[str, Any], message: str) -> None:
+    model = vgg_like()
+    before = fingerprint(model)
+    with pytest.raises(FlexureError, match=message):
+        flexure.to_lcnn(model, **{"example": IMAGE, **settings})
+    assert fingerprint(model) == before
+
+
+def test_the_report_is_for_the_sizes_of_its_example() -> None:
+    conv = nn.Conv2d(3, 4, 5, padding=2)
+    model = nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 2))
+    to_lcnn(model, torch.zeros(1, 3, 3, 3)).eval()
+    model(torch.zeros(1, 3, 24, 24))
+    for size in (3, 12):
+        (conv_part, _) = lcnn_report(model, torch.zeros(1, 3, size, size)).of("linear")
+        assert conv_part.note == f"input {size} x {size}"
+        assert conv_part.constant == pytest.approx(1, abs=0.02)
+    assert spectral_norms(model)["0"].size == (24, 24)  # nothing is changed
+
+
+class Written(nn.Module):
+    """One operation behind a layer."""
+
+    def __init__(self, operation: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.lin = nn.Linear(5, 5)
+        self.scale = nn.Parameter(torch.full((5,), 9.0))
+        self.register_buffer("matrix", 9 * torch.eye(5))
+        self.operation = operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operation(self, self.lin(x))
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind", "was", "note"),
+    [
+        (lambda m, x: x * m.scale, "factor", "times the parameter scale", "nothing bounds"),
+        (lambda m, x: x @ m.matrix, "factor", "times the buffer matrix", "nothing bounds"),
+        (lambda m, x: F.linear(x, m.matrix), "factor", "times the buffer matrix", "nothing"),
+        (lambda m, x: 9 * x, "factor", "times the number 9", "nothing bounds"),
+        (lambda m, x: x / m.scale.sum(), "factor", "times a tensor of shape ()", "nothing bounds"),
+        (lambda m, x: x * (x > 0), "activation", "", "rectifier written out"),
+        (lambda m, x: torch.where(x > 0, x, 0.0), "activation", "", "choice by a condition"),
+        (lambda m, x: x.abs(), "activation", "", "kink"),
+        (lambda m, x: F.hardtanh(x), "activation", "hardtanh", "^bounded.*softplus is not$"),
+        (lambda m, x: F.softshrink(x), "activation", "softshrink", "^no rectifier"),
+    ],
+)
+def test_what_nothing_bounds_is_reported(operation: Any, kind: str, was: str, note: str) -> None:
+    import re
+
+    model = to_lcnn(Written(operation), torch.ones(1, 5))
+    (part,) = lcnn_report(model, torch.ones(1, 5)).left
+    assert (part.kind, part.was) == (kind, was)
+    assert re.search(note, part.note)
+    assert "CTU" not in part.note
+    assert "1 left as it is;" in lcnn_report(model, torch.ones(1, 5)).summary
+
+
+def test_layers_and_networks_of_our_own_have_no_factors() -> None:
+    for model, x in (
+        (nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.GELU()), torch.ones(1, 5)),
+        (CifarResNet(8), IMAGE),
+    ):
+        report = lcnn_report(to_lcnn(model, x), x)
+        assert not report.of("factor", left=True)
+
+
+def test_uncalled_layers_and_normalisations_stay() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    model[0].spare = nn.Linear(2, 2)
+    model[0].norm = nn.BatchNorm1d(2)
+    model = to_lcnn(model, torch.zeros(1, 3))
+    left = lcnn_report(model, torch.zeros(1, 3)).left
+    assert [(p.kind, p.note) for p in left] == [
+        ("linear", "not called by the example"),
+        ("norm", "not called by the example"),
+    ]
+    assert type(model[0].norm) is nn.BatchNorm1d
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize(
+    "make", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["old", "new"]
+)
+def test_a_computed_weight_is_named_once(make: Any) -> None:
+    model = nn.Sequential(make(nn.Linear(3, 2)), nn.ReLU(), nn.Linear(2, 2))
+    with pytest.raises(FlexureError, match="computed") as caught:
+        to_lcnn(model, torch.zeros(1, 3))
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_networks_that_branch_on_their_mode() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                x = F.relu(self.two(x))
+            return F.relu(self.one(x))
+
+    model = to_lcnn(Branching(), torch.zeros(1, 3))
+    with pytest.raises(SiteError, match="before to_lcnn, write the model so that it makes the sa"):
+        model.train()(torch.zeros(2, 3))

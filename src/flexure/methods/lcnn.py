@@ -8,7 +8,7 @@ What each part becomes, and in which order parts are changed. The layers and uni
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -20,18 +20,19 @@ from torch.utils._pytree import tree_leaves
 from flexure.calling import call_model, copied, evaluating
 from flexure.contracts import Example, FlexureError, SiteError
 from flexure.methods.lcnn_layers import Change, linear_changes, norm_changes
-from flexure.methods.lcnn_report import Part, parts_of, remember_parts, report_of
+from flexure.methods.lcnn_report import Part, check_example, parts_of, remember_parts, report_of
 from flexure.methods.placing import unit_arguments
 from flexure.models import RESIDUAL_FACTORS
 from flexure.models.builder import check_constants
 from flexure.surgery.census import check_free, sites
+from flexure.surgery.factors import find_factors
 from flexure.surgery.follow import first_floating
 from flexure.surgery.frames import forget_compiled
 from flexure.surgery.install import ROUTED, Plan, install, plan
 from flexure.surgery.preserve import preserved
 from flexure.surgery.sites import Refusal, Site, SiteReport
 from flexure.surgery.sums import find_sums, scale_sums
-from flexure.surgery.weight_uses import weight_uses
+from flexure.surgery.weight_uses import WeightUses, weight_uses
 from flexure.surgery.wrapped import unwrapped_to_train
 from flexure.units.catalogue import SPECS
 from flexure.units.flat import AveragePooling, LeakySoftplus, Overwriting
@@ -60,13 +61,20 @@ def to_lcnn(
     """Turns a network into a low-curvature network ([LCNN] section 3), in place.
 
     - Every rectifier becomes a centered softplus with a learnable beta of its own, one for each
-      call; leaky ones keep their slope on the left; a cap (ReLU6) is dropped. Activations that are
-      bounded or saturate (sigmoid, tanh, ELU) stay, and are reported.
+      call, and so do its smooth relatives: GELU, SiLU, Mish, hardswish and softplus. Leaky ones
+      keep their slope on the left; a cap (ReLU6) is dropped. Activations that are bounded or
+      saturate (sigmoid, tanh, ELU) stay, and are reported.
     - Every linear layer and convolution is divided by its operator norm, for the size of its
       input.
     - Every BatchNorm's slope is clipped at a learnable gamma. Nothing but their eps bounds the
       slope of other normalisations, such as LayerNorm; they stay, and are reported.
     - Residual sums are multiplied by a factor.
+    - What else multiplies a signal (a vector of scales, a buffer, a number) and kinks that are
+      written out (`x * (x > 0)`, `torch.where`, `abs`) stay, and are reported as far as Python
+      sees them.
+
+    The network is looked at as it runs on the example in eval mode. What it runs in training mode
+    alone is not converted; activations that it calls there as functions are errors then.
 
     The report is printed, with the Lipschitz bound that results; `flexure.lcnn_report` computes it
     anew. The parameters of the network stay the same objects but for new ones (betas and gammas):
@@ -92,9 +100,10 @@ def to_lcnn(
 
     Raises:
         FlexureError: a setting out of range, a network that is an LCNN already, or layers that
-            cannot be normalised (the message names them). The model is then unchanged.
+            cannot be normalised (the message names them) or have no values yet; or it is called
+            inside `torch.inference_mode`. The model is then unchanged.
         SiteError: an activation that cannot be reached, a model whose residual sums cannot be
-            followed, or an example that does not run. The model is then unchanged.
+            followed, or an example that does not run, before or after. The model is then unchanged.
 
     Example:
         >>> from flexure.models import MLP
@@ -109,6 +118,7 @@ def to_lcnn(
     _check_settings(beta, gamma, residual, parts, pooling)
     inside = unwrapped_to_train(model)
     _check_new(inside)
+    _check_ready(inside, example)
     changes = _changes(
         inside, example, _Settings(beta, gamma, residual, tuple(parts), pooling), leave
     )
@@ -141,13 +151,13 @@ def _check_settings(
         ("residual", residual, tuple(RESIDUAL_FACTORS)),
         ("pooling", pooling, ("keep", "average")),
     ):
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise FlexureError(
                 f"expected {name} to be one of {', '.join(map(repr, known))}, got {value!r}; "
                 f"choose one of them"
             )
-    unknown = [part for part in parts if part not in PARTS]
-    if isinstance(parts, str) or unknown or not parts:
+    listed = isinstance(parts, Collection) and not isinstance(parts, str)
+    if not listed or not parts or any(part not in PARTS for part in parts):
         raise FlexureError(
             f"expected parts to be some of {', '.join(map(repr, PARTS))}, got {parts!r}; give a "
             f"tuple of them"
@@ -164,13 +174,43 @@ def _check_new(model: nn.Module) -> None:
         )
 
 
+def _check_ready(model: nn.Module, example: Example) -> None:
+    check_example(example)
+    if torch.is_inference_mode_enabled():
+        raise FlexureError(
+            "expected to_lcnn outside torch.inference_mode, where parameters that are made cannot "
+            "be trained, got it inside; convert the model before"
+        )
+    lazy = [
+        path
+        for path, module in model.named_modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if nn.parameter.is_lazy(tensor)
+    ]
+    if lazy:
+        raise FlexureError(
+            f"expected layers whose weights have shapes, got lazy ones at "
+            f"{', '.join(dict.fromkeys(lazy))}; run a batch through the model first"
+        )
+
+
+def _patterns(leave: Any) -> tuple[str, ...]:
+    listed = (leave,) if isinstance(leave, str) else leave
+    texts = isinstance(listed, Collection) and all(isinstance(each, str) for each in listed)
+    if not texts:
+        raise FlexureError(
+            f"expected leave to be a pattern of paths, or several, got {leave!r}; give strings"
+        )
+    return tuple(listed)
+
+
 def _changes(
     model: nn.Module, example: Example, settings: _Settings, leave: str | Sequence[str]
 ) -> tuple[Change, ...]:
     """Everything that will be changed; looks at everything, and changes nothing."""
+    patterns = _patterns(leave)
     report = sites(model, example, pooling=settings.pooling == "average")
     uses = weight_uses(model, example)
-    patterns = (leave,) if isinstance(leave, str) else tuple(leave)
     found = [_unit_change(model, example, report, settings)]
     if "linear" in settings.parts:
         found.append(linear_changes(model, uses, patterns))
@@ -179,7 +219,23 @@ def _changes(
     if "norm" in settings.parts:
         found.append(norm_changes(model, uses, settings.gamma))
     # Sums are found before, and scaled after the units are in place, whose own sums are none.
-    return (*found, _sum_change(model, example, settings.residual))
+    return (
+        *found,
+        _sum_change(model, example, settings.residual),
+        Change(tuple(_written_out(model, example, uses, settings)), lambda undo: None),
+    )
+
+
+def _written_out(
+    model: nn.Module, example: Example, uses: WeightUses, settings: _Settings
+) -> Iterator[Part]:
+    """Factors and kinks in the network's own arithmetic: left."""
+    known = {(use.function.strip("_"), use.caller) for use in uses.bare}
+    for each in find_factors(model, example):
+        kind, part = ("factor", "linear") if each.by else ("activation", "activation")
+        if part in settings.parts and not (each.by and (each.function, each.caller) in known):
+            name = f"{each.caller or '(model)'}: {each.function}"
+            yield Part(kind, name, each.by and f"times {each.by}", note=each.reason)
 
 
 def _unit_change(
@@ -276,7 +332,24 @@ def _left(refusal: Refusal) -> Part:
     if _pools(refusal):
         why = "Lipschitz, with kinks: no bound on curvature; pooling='average' averages"
         return Part("pool", refusal.name, refusal.activation, note=why)
-    return Part("activation", refusal.name, refusal.activation, note=refusal.reason)
+    spec = SPECS.get(refusal.activation)
+    steering = spec is not None and spec.refusal is not None and spec.refusal in refusal.reason
+    note = _STAYS.get(refusal.activation, _NO_RECTIFIER) if steering else refusal.reason
+    return Part("activation", refusal.name, refusal.activation, note=note)
+
+
+_NO_RECTIFIER = "no rectifier: it stays, with its kinks if it has any"
+_BOUNDED = "bounded on both sides, which softplus is not"
+_SATURATES = "saturates at a negative value, which softplus does not"
+_STAYS: Mapping[str, str] = {
+    **dict.fromkeys(("sigmoid", "tanh", "hardtanh", "hardsigmoid", "softsign"), _BOUNDED),
+    **dict.fromkeys(("laplace",), _BOUNDED),
+    **dict.fromkeys(("elu", "selu", "celu"), _SATURATES),
+    **dict.fromkeys(("glu", "lstm", "gru"), "gated by sigmoids: a product of signals"),
+    "erf": "perhaps a part of a GELU by hand, which stays; use nn.GELU",
+    "centered_softplus": "smooth already, with a beta of its own",
+}
+"""Activations that stay: why."""
 
 
 def _pools(refusal: Refusal) -> bool:

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from flexure.contracts import FlexureError
 from flexure.layers import LipschitzBatchNorm, spectral_norm
-from flexure.methods.lcnn_report import Part
+from flexure.methods.lcnn_report import Part, largest_size
 from flexure.surgery.replace import replace_module
 from flexure.surgery.weight_layers import WeightLayer, weight_layers
 from flexure.surgery.weight_uses import WeightUses
@@ -68,20 +68,18 @@ def linear_changes(model: nn.Module, uses: WeightUses, leave: tuple[str, ...]) -
         if path not in refused and not _matches(path, leave) and path in uses.inputs
     ]
     named = {path: "named by leave=" for path in layers if _matches(path, leave)} | refused
-    missed = {
-        path: "not called by the example"
-        for path in layers
-        if path not in uses.inputs and path not in named
-    }
+    missed = {path: _IDLE for path in layers if path not in uses.inputs and path not in named}
     left = [
         Part("linear", name, _kind(layers, name), note=why)
         for name, why in chain(named.items(), missed.items())
     ]
-    done = [_normalised(layer, uses) for layer in chosen]
+    done = [
+        Part("linear", layer.path, _shown(layer), "norm 1", path=layer.path) for layer in chosen
+    ]
 
     def make(undo: ExitStack) -> None:
         for layer in chosen:
-            _normalise(layer, _size(layer, uses), undo)
+            _normalise(layer, largest_size(uses.inputs[layer.path], len(layer.shape) - 2), undo)
 
     return Change((*done, *left), make)
 
@@ -95,22 +93,28 @@ def norm_changes(model: nn.Module, uses: WeightUses, gamma: float) -> Change:
         gamma: the largest slope at the start.
 
     Raises:
-        FlexureError: a BatchNorm that is not torch's own.
+        FlexureError: a BatchNorm that is not torch's own, or that is the whole model.
     """
     named = dict(model.named_modules())
+    found = {path: module for path, module in named.items() if isinstance(module, _BatchNorm)}
+    if "" in found:
+        raise FlexureError(
+            f"expected a network with normalisations inside, got a {type(model).__name__} itself; "
+            f"wrap it in nn.Sequential"
+        )
     bounded = {
         path: LipschitzBatchNorm.from_batch_norm(module, gamma=gamma)
-        for path, module in named.items()
-        if isinstance(module, _BatchNorm) and not isinstance(module, nn.InstanceNorm1d)
+        for path, module in found.items()
+        if path in uses.inputs
     }
     done = [
         Part("norm", path, type(named[path]).__name__, "gamma-Lipschitz", path=path)
         for path in bounded
     ]
     left = [
-        Part("norm", path, type(module).__name__, note=_UNBOUNDED)
+        Part("norm", path, type(module).__name__, note=_UNBOUNDED if path in uses.inputs else _IDLE)
         for path, module in named.items()
-        if isinstance(module, _NORMALISATIONS)
+        if isinstance(module, _NORMALISATIONS) or path in found.keys() - bounded.keys()
     ]
     left += [
         Part("norm", path, name, note=_CALLED)
@@ -125,6 +129,7 @@ def norm_changes(model: nn.Module, uses: WeightUses, gamma: float) -> Change:
     return Change((*done, *left), make)
 
 
+_IDLE = "not called by the example"
 _UNBOUNDED = "scales by each sample's own values: only its eps bounds the slope; use BatchNorm"
 _CALLED = "called as a function: nothing holds its gamma; use nn.BatchNorm2d"
 _NORMALISATIONS = (
@@ -140,22 +145,30 @@ def _refused(
     model: nn.Module, layers: dict[str, WeightLayer], uses: WeightUses
 ) -> Iterator[tuple[str, str]]:
     """Name -> why, of every weight that the network uses and that cannot be normalised."""
+    inside = []
     for path, layer in layers.items():
-        why = _why_not(layer)
+        why = _RESIZED if path in uses.resized else _why_not(layer)
         if why is not None and path in uses.inputs:
+            inside.append(f"{path}." if path else "")
             yield path, why
     for use in uses.bare:
-        yield (
-            use.weight,
-            f"used by {use.function} in {use.caller or 'the model'!r}, not by its layer",
-        )
+        # What a refused layer computes its weight from is named by the layer already.
+        if not use.weight.startswith(tuple(inside)):
+            yield (
+                use.weight,
+                f"used by {use.function} in {use.caller or 'the model'!r}, not by its layer",
+            )
     for path, module in model.named_modules():
-        if path not in uses.inputs or path in layers or isinstance(module, _NORMALISATIONS):
+        known = path in layers or f"{path}.".startswith(tuple(inside))
+        if path not in uses.inputs or known or isinstance(module, _NORMALISATIONS):
             continue
         for name, parameter in module._parameters.items():
             full = f"{path}.{name}" if path else name
             if parameter is not None and parameter.dim() > 1 and full in uses.used:
                 yield full, f"a weight of {type(module).__name__}, which has no operator norm here"
+
+
+_RESIZED = "called with output_size, which changes its norm; give it an output_padding"
 
 
 def _why_not(layer: WeightLayer) -> str | None:
@@ -196,24 +209,8 @@ def _kind(layers: dict[str, WeightLayer], name: str) -> str:
     return type(layers[name].module).__name__ if name in layers else "weight"
 
 
-def _size(layer: WeightLayer, uses: WeightUses) -> tuple[int, ...] | None:
-    """The spatial size of the layer's inputs: along each axis the largest; None for Linear."""
-    spatial = len(layer.shape) - 2
-    sizes = [shape[len(shape) - spatial :] for shape in uses.inputs[layer.path]]
-    return tuple(max(axis) for axis in zip(*sizes, strict=True)) if spatial else None
-
-
-def _normalised(layer: WeightLayer, uses: WeightUses) -> Part:
-    size = _size(layer, uses)
-    several = len({shape[2:] for shape in uses.inputs[layer.path]}) > 1 and size is not None
-    notes = [
-        f"input {' x '.join(map(str, size))}" if size else "",
-        "the largest of several" if several else "",
-        f"also {', '.join(layer.paths[1:])}" if len(layer.paths) > 1 else "",
-    ]
-    was = f"{type(layer.module).__name__} {tuple(layer.shape)}"
-    note = "; ".join(filter(None, notes))
-    return Part("linear", layer.path, was, "norm 1", note, layer.path)
+def _shown(layer: WeightLayer) -> str:
+    return f"{type(layer.module).__name__} {tuple(layer.shape)}"
 
 
 def _normalise(layer: WeightLayer, size: tuple[int, ...] | None, undo: ExitStack) -> None:

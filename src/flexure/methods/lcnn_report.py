@@ -6,19 +6,30 @@ Turning a network into one is `lcnn.py`'s.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from flexure.contracts import Example, FlexureError
 from flexure.layers import LipschitzBatchNorm, spectral_norms
 from flexure.layers.residual import ResidualSum
+from flexure.surgery.weight_uses import weight_uses
 from flexure.surgery.wrapped import unwrapped
 from flexure.units import CenteredSoftplus
 
-__all__ = ["LCNNReport", "Part", "lcnn_report", "parts_of", "remember_parts", "report_of"]
+__all__ = [
+    "LCNNReport",
+    "Part",
+    "check_example",
+    "largest_size",
+    "lcnn_report",
+    "parts_of",
+    "remember_parts",
+    "report_of",
+]
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,7 @@ class Part:
     """One part of a network that was looked at.
 
     Attributes:
-        kind: `activation`, `linear`, `norm`, `sum` or `pool`.
+        kind: `activation`, `linear`, `norm`, `sum`, `pool` or `factor`.
         name: where it is: a path, or as the site report names calls.
         was: what it was; empty where that is not known.
         became: what it is now; empty where it was left.
@@ -97,7 +108,9 @@ class LCNNReport:
             for kind, (one, plural) in _KINDS.items()
             if self.of(kind)
         ]
-        left = f"; {len(self.left)} left as they are" if self.left else ""
+        one_left = len(self.left) == 1
+        left = f"; {len(self.left)} left as {'it is' if one_left else 'they are'}"
+        left = left if self.left else ""
         bound = f"unknown ({self.reason})" if self.reason else f"at most {self.lipschitz:.4g}"
         return f"LCNN: {', '.join(counts) or 'nothing'}{left}; Lipschitz constant {bound}"
 
@@ -121,11 +134,13 @@ def lcnn_report(model: nn.Module, example: Example) -> LCNNReport:
 
     Args:
         model: what `flexure.to_lcnn` returned or `flexure.models` built as one, or a copy.
-        example: one input; its shape is what the bound is for.
+        example: one input; its sizes are what the constants and the bound are for.
 
     Raises:
-        FlexureError: the model is no low-curvature network.
+        FlexureError: the model is no low-curvature network, or the example no input.
+        SiteError: the example does not run through the model.
     """
+    check_example(example)
     inside = unwrapped(model)
     parts = parts_of(inside)
     if not parts:
@@ -137,10 +152,38 @@ def lcnn_report(model: nn.Module, example: Example) -> LCNNReport:
 
 
 def report_of(model: nn.Module, parts: tuple[Part, ...], example: Example) -> LCNNReport:
-    """The report with the constants of these parts, and the bound."""
-    read = tuple(replace(part, constant=_constant_of(model, part)) for part in parts)
+    """The report with the constants of these parts for the example's sizes, and the bound."""
+    calls = weight_uses(model, example).inputs
+    norms = spectral_norms(model)
+    before = {path: norm.size for path, norm in norms.items()}
+    for path, norm in norms.items():
+        norm.size = largest_size(calls.get(path, ()), len(norm.size)) or norm.size
+    try:
+        read = tuple(_read(model, part, calls) for part in parts)
+    finally:
+        for path, norm in norms.items():
+            norm.size = before[path]
     bound, reason = _lipschitz(model, example)
     return LCNNReport(read, bound, reason)
+
+
+def check_example(example: Any) -> None:
+    """Makes sure that an example has a tensor in it.
+
+    Raises:
+        FlexureError: it has none.
+    """
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(example)):
+        raise FlexureError(
+            f"expected example to be one input, a tensor or a tuple or dict of them, got "
+            f"{type(example).__name__}; give one batch of what the model takes"
+        )
+
+
+def largest_size(shapes: Sequence[tuple[int, ...]], axes: int) -> tuple[int, ...] | None:
+    """The largest spatial size among shapes along each axis; None for none, or of no axes."""
+    sizes = [shape[len(shape) - axes :] for shape in shapes]
+    return tuple(max(axis) for axis in zip(*sizes, strict=True)) or None
 
 
 def parts_of(model: nn.Module) -> tuple[Part, ...]:
@@ -167,6 +210,7 @@ _KINDS: Mapping[str, tuple[str, str]] = {
     "norm": ("BatchNorm bounded", "BatchNorms bounded"),
     "sum": ("residual sum scaled", "residual sums scaled"),
     "pool": ("pooling averaged", "poolings averaged"),
+    "factor": ("factor", "factors"),
 }
 """Kinds of parts, in the report's order, with what the summary calls one and several."""
 
@@ -192,6 +236,23 @@ def _constant(part: Part) -> str:
 
 
 _SYMBOLS = {"activation": "beta", "linear": "norm <=", "norm": "slope <=", "sum": "factor"}
+
+
+def _read(model: nn.Module, part: Part, calls: Mapping[str, Any]) -> Part:
+    """A part with its constant now, and of a layer with the size that it is for."""
+    read = replace(part, constant=_constant_of(model, part))
+    if part.kind != "linear" or part.path is None:
+        return read
+    size, module = spectral_norms(model)[part.path].size, model.get_submodule(part.path)
+    every = [path for path, m in model.named_modules(remove_duplicate=False) if m is module]
+    shapes = calls.get(part.path, ())
+    notes = [
+        f"input {' x '.join(map(str, size))}" if size else "",
+        "the largest of several" if size and len({s[-len(size) :] for s in shapes}) > 1 else "",
+        "" if shapes else "not called by the example",
+        f"also {', '.join(p for p in every if p != part.path)}" if len(every) > 1 else "",
+    ]
+    return replace(read, note="; ".join(filter(None, notes)))
 
 
 def _constant_of(model: nn.Module, part: Part) -> float:

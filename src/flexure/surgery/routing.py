@@ -29,7 +29,8 @@ class Routing(Frame):
 
     what = "activation call"
     remedy = (
-        "steer again with an example that takes this branch, or leave the sites out with where="
+        "steer again with an example that takes this branch, or leave the sites out with where=; "
+        "before to_lcnn, write the model so that it makes the same calls in every mode"
     )
 
     def read(self, func: Any, args: Any, kwargs: Any) -> tuple[str, Any] | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -48,12 +49,14 @@ class WeightUses:
         used: names of the weights that a function took, whoever called it.
         bare: uses of weights while their layer is not running, in order, each once.
         functions: (caller, name) of the normalisations that were called as functions.
+        resized: paths of the transposed convolutions that were called with an `output_size`.
     """
 
     inputs: dict[str, tuple[tuple[int, ...], ...]]
     used: frozenset[str]
     bare: tuple[BareUse, ...]
     functions: tuple[tuple[str, str], ...]
+    resized: frozenset[str] = frozenset()
 
 
 def weight_uses(model: nn.Module, example: Example) -> WeightUses:
@@ -85,6 +88,7 @@ def weight_uses(model: nn.Module, example: Example) -> WeightUses:
         frozenset(watch.used),
         tuple(watch.bare),
         tuple(watch.functions),
+        frozenset(watch.resized),
     )
 
 
@@ -109,6 +113,7 @@ class _Watch(TorchFunctionMode):
         self.used: set[str] = set()
         self.bare: dict[BareUse, None] = {}
         self.functions: dict[tuple[str, str], None] = {}
+        self.resized: set[str] = set()
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -164,6 +169,9 @@ class _Watch(TorchFunctionMode):
         shapes = self.inputs.setdefault(self.paths[module], {})
         if first is not None:
             shapes[tuple(first.shape)] = None
+        size = args[1] if len(args) > 1 else kwargs.get("output_size")
+        if isinstance(module, _ConvTransposeNd) and size is not None:
+            self.resized.add(self.paths[module])
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self.stack.pop()
