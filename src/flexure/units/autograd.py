@@ -47,8 +47,8 @@ def ctu(x: Tensor, beta: Dial, c: Dial, target: Tensor | None = None) -> Tensor:
 
 def centered_softplus(x: Tensor, beta: Dial) -> Tensor:
     """Centered softplus; arguments as in `ctu`."""
-    if isinstance(beta, Tensor) and beta.requires_grad:
-        beta = beta.view_as(beta)  # no leaf, of which autograd does not say whether it is asked for
+    if isinstance(beta, Tensor) and beta.requires_grad and beta.is_leaf:
+        beta = beta.view_as(beta)  # autograd does not say of leaves whether they are asked for
     return cast(Tensor, _CenteredSoftplus.apply(x, beta))  # type: ignore[no-untyped-call]
 
 

@@ -122,11 +122,13 @@ def difference(
     if g.stride() != x.stride():
         g = torch.empty_like(x).copy_(g)
     by_x, parts = torch.empty_like(x), []
-    (room,) = layout.buffers(1, x.dtype)
-    for gb, xb, yb, db in zip(*map(layout.blocks, (g, x, y, by_x)), strict=True):
+    blocks = [layout.blocks(t, 2) for t in (g, x, y, by_x)]
+    room = torch.empty_like(blocks[0][0])
+    for gb, xb, yb, db in zip(*blocks, strict=True):
         _softplus_backward(gb, xb, beta, SOFTPLUS_THRESHOLD, grad_input=db)
         # Not two dot products: they gather rounding errors, and cancel, 1e-4 was measured.
-        change = torch.mul(db, xb, out=room[: len(xb)]).addcmul_(gb, yb, value=-1.0)
+        room = room if len(room) == len(xb) else room[: len(xb)]
+        change = torch.mul(db, xb, out=room).addcmul_(gb, yb, value=-1.0)
         parts.append(torch.sum(change))
     return by_x, widest(torch.stack(parts)).sum() / beta
 

@@ -104,9 +104,11 @@ def centered_softplus(x: Tensor, beta: Dial) -> tuple[Tensor, float]:
     source = dense(x)
     layout = Layout.of(source, _tensors(beta))
     k = _bend(layout, beta, working_dtype(x))
-    size = bends.root_mean_square(source, _number(k, layout))
-    kernel = _centered_fused if bends.fused_suffices(size) else _centered_values
-    return _map(kernel, x, source, layout, k, False), size
+    number = _number(k, layout)
+    size = bends.root_mean_square(source, number)
+    if number is not None and bends.fused_suffices(size):
+        return _centered_fused(source, number, layout), size
+    return _map(_centered_values, x, source, layout, k, False), size
 
 
 def centered_softplus_gradients(
@@ -287,9 +289,12 @@ def _centered_values(x: Tensor, y: Tensor, a: Tensor, s: Tensor, k: Bend) -> Non
         y.copy_(torch.where(k.relu, torch.clamp_min(x, 0.0), y))
 
 
-def _centered_fused(x: Tensor, y: Tensor, a: Tensor, s: Tensor, k: Bend) -> None:
-    _softplus(x, k.beta, SOFTPLUS_THRESHOLD, out=y)
-    y.sub_(k.inverse, alpha=LN2)
+def _centered_fused(x: Tensor, beta: float, layout: Layout) -> Tensor:
+    y = torch.empty_like(x)
+    for xb, yb in zip(layout.blocks(x, 2), layout.blocks(y, 2), strict=True):
+        _softplus(xb, beta, SOFTPLUS_THRESHOLD, out=yb)
+        yb.sub_(LN2 / beta)
+    return y
 
 
 def _centered_backward(x: Tensor, g: Tensor, y: Tensor, s: Tensor, k: Bend) -> None:

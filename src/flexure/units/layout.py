@@ -103,9 +103,14 @@ class Layout:
         x = x.permute(self.order)
         return x.view(-1) if self.varies is None else x.view(self.rows, self.columns)
 
-    def blocks(self, x: Tensor) -> tuple[Tensor, ...]:
-        """`view` cut along its first dimension; the last block may be shorter."""
-        return torch.split(self.view(x), self._step())
+    def blocks(self, x: Tensor, times: int = 1) -> tuple[Tensor, ...]:
+        """`view` cut along its first dimension; the last block may be shorter.
+
+        Args:
+            x: laid out like the tensor of `of`.
+            times: the usual size, for work whose few buffers leave room in the cache.
+        """
+        return torch.split(self.view(x), times * self._step())
 
     def buffers(self, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """`count` uninitialised tensors of the size of the first block."""
