@@ -90,8 +90,9 @@ def main() -> None:
 def draw(found: flexure.FlatTraining, folder: Path, name: str) -> None:
     """The noise curve, and the map of two-dimensional data."""
     pictures = {"noise": noise_figure(found)}
-    if found.plane is not None:
-        pictures["boundaries"] = boundary_figure(found, methods=("standard", "lcnn"))
+    shown = [name for name in ("standard", "lcnn") if name in found.methods]
+    if found.plane is not None and shown:
+        pictures["boundaries"] = boundary_figure(found, methods=shown)
     for what, picture in pictures.items():
         svg = picture.svg.replace("<svg ", '<svg style="background:white" ', 1)
         (folder / f"{name}-{what}.svg").write_text(svg + "\n")
