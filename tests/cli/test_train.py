@@ -138,6 +138,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "weight": (["--weight", "gradreg"], "gradreg=1e-2"),
     "weight of none": (["--method", "lcnn", "--weight", "gradreg=1"], "gradreg"),
     "weight below 0": (["--method", "gradreg", "--weight", "gradreg=-1"], "positive"),
+    "weight twice": (
+        ["--method", "gradreg", "--weight", "gradreg=1", "--weight", "gradreg=2"], "drop all but",
+    ),
+    "weight of parts": (["--method", "lcnn", "--weight", "lcnn=1"], "csoftplus or gammabn"),
+    "idle residual": (["--residual", "mean"], "add lcnn"),
     "optimizer": (["--optimizer", "magic"], "sgd, adam"),
     "lr": (["--lr", "0"], "--lr"),
     "decay": (["--weight-decay", "-1"], "--weight-decay"),
@@ -150,7 +155,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "augment": (["--augment", "magic"], "flip,crop"),
     "augmented vectors": (["--augment", "flip"], "images"),
     "device": (["--device", "tpu9"], "tpu9"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -185,6 +190,18 @@ def test_networks_that_do_not_fit(
     code, _, err = train(address, *FAST, "--out", str(tmp_path / "out"), capsys=capsys)
     assert code == 2
     assert expected in err
+
+
+def test_nothing_finished_is_one_line_and_exit_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [OWN, *FAST, "--method", "relu", "--lr", "1e25", "--out", str(tmp_path)]
+    code, text, err = train(*arguments, capsys=capsys)
+    assert code == 1
+    assert err.startswith("flexure: no training was finished; the first failed: ")
+    assert err.count("\n") == 1
+    assert "results.json" in text
+    assert (tmp_path / "report.html").exists()
 
 
 def test_an_interrupted_training_resumes(

@@ -176,6 +176,23 @@ def test_a_difference_that_may_be_none_is_said_to_be_so() -> None:
     assert "no difference" not in " ".join(flat_summary(found))
 
 
+def test_networks_with_kinks_lead_no_curvature() -> None:
+    found = trained((run("relu", 1, scale=0.1, kinks=("relu",)), run("lcnn", 1)))
+    told = flat_summary(found)[1]
+    assert told.startswith("Lowest mean normalised curvature (1 / input unit): “lcnn”")
+    assert "Not compared by normalised curvature: “relu”, which has kinks (relu);" in told
+    assert flat_summary(found)[2].startswith("Lowest mean gradient norm")
+    assert "“relu”" in flat_summary(found)[2].split(",")[0]
+    for title in ("Curvature, gradients and accuracy", "Curvature against accuracy"):
+        assert "Networks with kinks: “relu”; no Hessian sees" in sections(found)[title].caption
+    alone = trained((run("relu", 1, kinks=("relu",)),))
+    assert flat_summary(alone)[1].startswith("Not compared by normalised curvature: “relu”")
+
+
+def test_the_lipschitz_bound_is_not_told_of_betas() -> None:
+    assert not several_sections()["Learned beta"].text
+
+
 def test_equals_share_a_headline() -> None:
     runs = (run("standard", 1), run("lcnn", 1), run("at", 1), run("sam", 1, wrong=9))
     (line,) = (

@@ -51,7 +51,8 @@ def check_method(task: FlatTask, method: FlatMethod, seed: int, classes: int) ->
 
 
 def _unfit(method: FlatMethod, error: FlexureError) -> FlexureError:
-    return type(error)(f"the method {method.name!r} does not fit: {error}; or leave it out")
+    remedy = "; or leave it out" if "; " in str(error) else "; leave it out"
+    return type(error)(f"the method {method.name!r} does not fit: {error}{remedy}")
 
 
 def _check_classes(task: FlatTask, model: nn.Module, classes: int) -> None:

@@ -247,7 +247,7 @@ def _strengths(given: Mapping[str, float]) -> dict[str, float]:
     for name, value in given.items():
         if name not in known:
             parts = [part for part in METHODS[name].of if part in known] if name in METHODS else []
-            remedy = f"give one of its part {' or '.join(parts)}" if parts else "leave it out"
+            remedy = f"give one of its parts {' or '.join(parts)}" if parts else "leave it out"
             raise FlexureError(
                 f"expected a weight of one of {', '.join(known)}, got one of {name!r}; {remedy}"
             )
@@ -291,8 +291,8 @@ def _smooth(network: nn.Module, example: Example, beta: float, *, needed: bool) 
     if not chosen:
         if needed:
             raise SiteError(
-                f"expected rectifiers to replace by softplus with beta {beta:g}, got none: "
-                f"{report.summary}; train the network as it is (relu)"
+                f"expected rectifiers to replace by softplus with beta {beta:g}, got none; train "
+                f"the network as it is (relu)"
             )
         return 0
     # Not complete: what a smooth network calls under a measure is no rectifier that was missed.

@@ -32,6 +32,7 @@ from flexure.report.train_tables import (
     estimate_table,
     estimate_text,
     geometry_table,
+    kinks_text,
     median_table,
     methods_table,
     more_table,
@@ -230,19 +231,14 @@ def _measured(found: FlatTraining) -> str:
 
 def _geometry_section(found: FlatTraining) -> Section:
     draws = covers(found)
-    intervals = f"; in brackets 95 % intervals over {draws}" if draws else ""
+    intervals = f"; in brackets 95 % intervals over {draws}, none below 0" if draws else ""
     return Section(
         "Curvature, gradients and accuracy",
         table=geometry_table(found),
         caption=f"Means over samples and runs{intervals}. Geometry is that of the cross-entropy at "
         f"the true label, on {_measured(found)}; accuracy is on all test samples. Curvature is the "
-        f"Hessian norm over the gradient norm, of each sample.{_kinked(found)}",
+        f"Hessian norm over the gradient norm, of each sample.{kinks_text(found)}",
     )
-
-
-def _kinked(found: FlatTraining) -> str:
-    rows = [_quoted(row) for row in found.rows if row.kinks]
-    return f" Networks with kinks: {', '.join(rows)}; {BLIND}." if rows else ""
 
 
 def _difference_sections(found: FlatTraining, what: str, names: Sequence[str]) -> list[Section]:
@@ -255,7 +251,7 @@ def _difference_sections(found: FlatTraining, what: str, names: Sequence[str]) -
             f"Minus {found.baseline}: {what}",
             table=estimate_table(found, names, rows, lambda row: row.differences, "+"),
             caption="Differences on the same samples, and between runs of the same seed, with 95 % "
-            f"intervals; of accuracies in percentage points.{_kinked(found)}",
+            f"intervals; of accuracies in percentage points.{kinks_text(found)}",
         )
     ]
 

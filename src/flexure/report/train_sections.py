@@ -27,6 +27,7 @@ from flexure.report.train_tables import (
     attack_names,
     estimate_table,
     head_of,
+    kinks_text,
     noise_table,
     site_values,
     site_values_table,
@@ -72,7 +73,8 @@ def tradeoff_sections(found: FlatTraining) -> list[Section]:
             "Curvature against accuracy",
             pictures=(picture,),
             caption="Lines are 95 % intervals; accuracy is better to the right, curvature is lower "
-            f"below, on a logarithmic axis: an interval that goes to 0 ends at the edge.{missing}",
+            f"below, on a logarithmic axis: an interval that goes to 0 ends at the edge."
+            f"{missing}{kinks_text(found)}",
         )
     ]
 

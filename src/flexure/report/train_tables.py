@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from flexure.methods.flat_notes import BLIND
 from flexure.methods.flat_quantities import FlatEstimate, FlatQuantity
 from flexure.methods.flat_result import FlatRow, FlatTraining
 from flexure.report.geometry_sections import NOISE, violated
@@ -23,6 +24,7 @@ __all__ = [
     "estimate_text",
     "geometry_table",
     "head_of",
+    "kinks_text",
     "median_table",
     "methods_table",
     "more_table",
@@ -78,6 +80,12 @@ def estimate_text(quantity: FlatQuantity, told: FlatEstimate | None, sign: str =
 def covers(found: FlatTraining) -> str:
     """What the intervals cover the draw of, in words."""
     return "; ".join(found.covers)
+
+
+def kinks_text(found: FlatTraining) -> str:
+    """Which networks have kinks, as a last sentence of a caption; empty where none has."""
+    rows = [f"“{row.method}”" for row in found.rows if row.kinks]
+    return f" Networks with kinks: {', '.join(rows)}; {BLIND}." if rows else ""
 
 
 def methods_table(found: FlatTraining) -> Table:
