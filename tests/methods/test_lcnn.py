@@ -844,6 +844,15 @@ def test_layers_and_networks_of_our_own_have_no_factors() -> None:
         assert not report.of("factor", left=True)
 
 
+def test_a_preprocessing_inside_is_a_factor() -> None:
+    from flexure.attacks import Bounded
+
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 3))
+    model = Bounded(inner, mean=[0.5] * 3, std=[0.1] * 3)
+    report = lcnn_report(to_lcnn(model, IMAGE + 0.5), IMAGE + 0.5)
+    assert [part.note for part in report.of("factor", left=True)] == ["nothing bounds this factor"]
+
+
 def test_uncalled_layers_and_normalisations_stay() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     model[0].spare = nn.Linear(2, 2)

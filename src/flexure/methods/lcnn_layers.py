@@ -185,7 +185,7 @@ def _why_not(layer: WeightLayer) -> str | None:
 
 
 def _is_of_torch(cls: type[nn.Module], name: str) -> bool:
-    return unwrap(getattr(cls, name)).__module__.startswith("torch.nn.modules.")
+    return str(unwrap(getattr(cls, name)).__module__).startswith("torch.nn.modules.")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -221,8 +221,8 @@ def _normalise(layer: WeightLayer, size: tuple[int, ...] | None, undo: ExitStack
     def put_back() -> None:
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
         # In the order that optimisers know them by.
-        for key in order:
-            module._parameters[key] = module._parameters.pop(key)
+        for name in order:
+            module._parameters[name] = module._parameters.pop(name)
         for key in set(module._forward_pre_hooks) - hooks:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)

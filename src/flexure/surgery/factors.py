@@ -116,7 +116,7 @@ def _multiplies(x: Any) -> bool:
 
 def _is_layer(module: nn.Module) -> bool:
     """Whether what a module multiplies by is its own business, and told of as a layer."""
-    return type(module).__module__.startswith(("torch.nn.", "flexure."))
+    return type(module).__module__.startswith(("torch.nn.", "flexure.layers.", "flexure.units."))
 
 
 _PRODUCT = "nothing bounds this factor"
@@ -128,31 +128,12 @@ _KINKS: Mapping[str, str] = {
     **dict.fromkeys(("abs", "absolute"), _KINK),
 }
 _PRODUCTS = frozenset(
-    [
-        "mul",
-        "rmul",
-        "imul",
-        "multiply",
-        "div",
-        "truediv",
-        "itruediv",
-        "divide",
-        "true_divide",
-        "matmul",
-        "rmatmul",
-        "mm",
-        "bmm",
-        "mv",
-        "linear",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "einsum",
-        "tensordot",
-    ]
+    (
+        *("mul", "rmul", "imul", "multiply", "div", "truediv", "itruediv", "divide"),
+        *("true_divide", "matmul", "rmatmul", "mm", "bmm", "mv", "linear", "einsum", "tensordot"),
+        *("conv1d", "conv2d", "conv3d"),
+        *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    )
 )
 _WATCHED = _PRODUCTS | _KINKS.keys()
 """Functions, by their names without underscores."""
