@@ -143,3 +143,9 @@ def test_names_are_unique_and_the_paper_s_columns_come_first() -> None:
         "gradient_norm", "hessian_norm", "normalized", "accuracy", "clean", "pgd_0.05", "pgd_0.2",
         "seconds_per_epoch",
     ]  # fmt: skip
+
+
+def test_intervals_end_at_0_where_values_do() -> None:
+    known = {one.name: one for one in quantities((0.1,))}
+    assert [name for name, one in known.items() if not one.positive] == ["rate"]
+    assert [name for name, one in known.items() if one.of_hessian] == ["hessian_norm", "normalized"]

@@ -264,7 +264,7 @@ _MORE = (
     ),
     FlatQuantity(
         "rate", "curvature rate", "rate", "lower", "run",
-        partial(_pooled, measure="rate", name="rate"),
+        partial(_pooled, measure="rate", name="rate"), positive=False,
     ),
     FlatQuantity(
         "lipschitz", "Lipschitz bound of the logits (1 / input unit)", "Lipschitz", "lower", "run",

@@ -231,7 +231,7 @@ def _measured(found: FlatTraining) -> str:
 
 def _geometry_section(found: FlatTraining) -> Section:
     draws = covers(found)
-    intervals = f"; in brackets 95 % intervals over {draws}, none below 0" if draws else ""
+    intervals = f"; in brackets 95 % intervals over {draws}, cut off at 0" if draws else ""
     return Section(
         "Curvature, gradients and accuracy",
         table=geometry_table(found),

@@ -157,7 +157,7 @@ def noise_sections(found: FlatTraining) -> list[Section]:
             "In the picture: medians over samples of the change under random noise of each norm, "
             "and of Proposition 1's bound, e to the power of noise times curvature, minus 1. The "
             "curvature in it is the largest that was found on points of the segment: an estimate. "
-            f"In the table: means of the change at most {NOISE_COLUMNS} of the norms, with 95 % "
+            f"In the table: means of the change at up to {NOISE_COLUMNS} of the norms, with 95 % "
             "intervals, and in how many draws it is beyond its sample's bound, over all norms. At "
             "kinks of ReLU the gradient jumps, which "
             f"no curvature sees: there the bound does not hold.{missing}",

@@ -38,7 +38,7 @@ GEOMETRY = ("gradient_norm", "hessian_norm", "normalized", "accuracy")
 _MORE = ("nll", "ece", "rate", "lipschitz")
 _PLAIN = (1e-4, 1e5)  # numbers from the one to the other are written without a power of ten
 _DIGITS = 3
-NOISE_COLUMNS = 4
+NOISE_COLUMNS = 3
 """Radii in the table of gradient changes; the picture has all."""
 
 _SITES = 40  # rows of the table of learned values; the picture has all
