@@ -1,13 +1,15 @@
 """Prints the tables of `flat-training.md` from the results files beside it.
 
 python docs/experiments/flat_training_table.py docs/experiments/results/flat-training/cifar.json
+python docs/experiments/flat_training_table.py --tables geometry,order FILE ...
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -25,27 +27,43 @@ PAPER = {  # Table 1: ResNet-18, CIFAR-100, 200 epochs
 SHARES = ("accuracy", "pgd", "ece")
 
 
-def main(paths: list[str]) -> None:
-    """All tables of each file."""
-    for path in paths:
-        payload = json.loads(Path(path).read_text())
+def main() -> None:
+    """The chosen tables of each file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("--tables", default=",".join(TABLES), help="with commas")
+    options = parser.parse_args()
+    for path in options.paths:
+        payload = json.loads(path.read_text())
         found, config = payload["numbers"], payload["config"]
         sizes = ", ".join(f"{name} {count:,}" for name, count in found["samples"].items())
-        print(f"### {config['experiment']}: {found['settings']['epochs']} epochs, "
-              f"seeds {', '.join(map(str, found['seeds']))}; {sizes}\n")  # fmt: skip
-        rows = found["rows"]
-        attacked = [f"pgd_{radius:g}" for radius in found["radii"]]
-        table(rows, MAIN, found["quantities"], median=True)
-        table(rows, [*attacked], found["quantities"])
-        table(rows, ("nll", "ece", "rate", "lipschitz"), found["quantities"])
-        cost_table(rows)
-        difference_table(rows, found["quantities"], found["baseline"])
-        discrepancy_table(rows)
-        learned_table(rows)
-        order(rows)
-        for note in found["notes"]:
-            print(f"- {note}")
-        print(f"\nWritten at commit {payload['commit']}.\n")
+        epochs, seeds = found["settings"]["epochs"], ", ".join(map(str, found["seeds"]))
+        print(f"{config['experiment']}: {epochs} epochs, seeds {seeds}; {sizes}\n")
+        for name in options.tables.split(","):
+            TABLES[name](found)
+        print(f"Written at commit {payload['commit'][:7]}.\n")
+
+
+def geometry(found: dict[str, Any]) -> None:
+    """Gradient norm, Hessian norm, curvature, accuracy."""
+    table(found["rows"], MAIN, found["quantities"], median=True)
+
+
+def attacks(found: dict[str, Any]) -> None:
+    """Accuracy under attack."""
+    table(found["rows"], [f"pgd_{radius:g}" for radius in found["radii"]], found["quantities"])
+
+
+def more(found: dict[str, Any]) -> None:
+    """What the probabilities are worth, and bounds."""
+    table(found["rows"], ("nll", "ece", "rate", "lipschitz"), found["quantities"])
+
+
+def notes(found: dict[str, Any]) -> None:
+    """What a reader must know."""
+    for note in found["notes"]:
+        print(f"- {note}")
+    print()
 
 
 def table(rows: list[dict[str, Any]], names: Any, labels: Any, *, median: bool = False) -> None:
@@ -59,8 +77,9 @@ def table(rows: list[dict[str, Any]], names: Any, labels: Any, *, median: bool =
     print()
 
 
-def difference_table(rows: list[dict[str, Any]], labels: Any, baseline: str) -> None:
+def difference_table(found: dict[str, Any]) -> None:
     """Paired differences to the baseline."""
+    rows, labels, baseline = found["rows"], found["quantities"], found["baseline"]
     names = [n for n in (*MAIN, "rate", "nll", "ece") if any(n in r["differences"] for r in rows)]
     if not names:
         return
@@ -74,8 +93,9 @@ def difference_table(rows: list[dict[str, Any]], labels: Any, baseline: str) -> 
     print()
 
 
-def cost_table(rows: list[dict[str, Any]]) -> None:
+def cost_table(found: dict[str, Any]) -> None:
     """Seconds of an epoch."""
+    rows = found["rows"]
     print("| method | s/epoch | relative | parameters |")
     print("|---|---|---|---|")
     for row in rows:
@@ -86,8 +106,9 @@ def cost_table(rows: list[dict[str, Any]]) -> None:
     print()
 
 
-def discrepancy_table(rows: list[dict[str, Any]]) -> None:
+def discrepancy_table(found: dict[str, Any]) -> None:
     """How much larger on test than on training samples."""
+    rows = found["rows"]
     names = ("gradient_norm", "hessian_norm", "normalized")
     print("(test - train)/train:\n")
     print("| method | gradient norm | Hessian norm | normalised curvature |")
@@ -98,8 +119,9 @@ def discrepancy_table(rows: list[dict[str, Any]]) -> None:
     print()
 
 
-def learned_table(rows: list[dict[str, Any]]) -> None:
+def learned_table(found: dict[str, Any]) -> None:
     """Ranges of learned betas and gammas, over layers and seeds."""
+    rows = found["rows"]
     lines = []
     for row in rows:
         cells = []
@@ -113,8 +135,9 @@ def learned_table(rows: list[dict[str, Any]]) -> None:
         print("\n".join(lines) + "\n")
 
 
-def order(rows: list[dict[str, Any]]) -> None:
+def order(found: dict[str, Any]) -> None:
     """How far the order of the methods is the paper's: concordant pairs."""
+    rows = found["rows"]
     known = [row for row in rows if row["method"] in PAPER and "normalized" in row["estimates"]]
     if len(known) < len(PAPER):
         return
@@ -161,5 +184,18 @@ def number(value: Any) -> float:
     return float(value)
 
 
+TABLES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "geometry": geometry,
+    "attacks": attacks,
+    "more": more,
+    "cost": cost_table,
+    "differences": difference_table,
+    "discrepancy": discrepancy_table,
+    "learned": learned_table,
+    "order": order,
+    "notes": notes,
+}
+"""Name -> what prints it."""
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
