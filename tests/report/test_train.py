@@ -469,3 +469,15 @@ def test_the_page_needs_nothing_else_and_says_how_it_was_run(tmp_path: Path) -> 
     assert not re.search(r'(src|href)="(?!#)', text)
     assert "some:model" in text
     assert "How it was run" in text
+
+
+def test_the_table_of_gradient_changes_has_few_of_many_norms() -> None:
+    radii = tuple(0.01 * k for k in range(1, 10))
+    ones = torch.ones(SAMPLES, len(radii)).double()
+    many = noisy(1.0, change=ones, estimated_bound=ones, violations=ones, radii=radii)
+    one = run("standard", 1)
+    found = trained((replace(one, test={**one.test, "gradient_change": many}),))
+    table = sections(found)["Gradients under noise"].table
+    assert table is not None
+    heads = ["method", "noise 0.01", "noise 0.05", "noise 0.09", "beyond the bound"]
+    assert [str(getattr(c, "head", c)) for c in table.columns] == heads
