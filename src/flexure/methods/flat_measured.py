@@ -97,7 +97,7 @@ def run_on_grid(model: nn.Module, grid: Tensor) -> Tensor:
     """(G, G, classes) float32: class probabilities at the (G, G, 2) inputs of a grid."""
     rows = []
     with evaluating(model), unwritten(model), torch.no_grad():
-        for part in grid.reshape(-1, grid.shape[-1]).split(_PART):
+        for part in torch.split(grid.reshape(-1, grid.shape[-1]), _PART):
             rows.append(logits_of(call_model(model, part)).double().softmax(1).float().cpu())
     return torch.cat(rows).reshape(*grid.shape[:2], -1)
 
