@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -334,11 +335,13 @@ def test_eval_remembers_one_weight() -> None:
     for _ in range(3):
         for size in (6, 8):
             layer(torch.zeros(1, 2, size, size))
-        assert len(norm._memory.tensors) == 3  # the weight, and a direction for each size
+        entries = norm._memory._entries
+        assert len(entries) == 2  # a direction for each size
+        assert entries[0].weight is entries[1].weight
         with torch.no_grad():
             original(layer).add_(0.1)
     layer.train()(torch.zeros(1, 2, 8, 8))
-    assert not norm._memory.tensors
+    assert not norm._memory._entries
 
 
 def test_threads_with_two_sizes_leave_nothing_wrong_behind() -> None:
@@ -856,6 +859,10 @@ class Renamed(nn.Conv2d):
         return input
 
 
+NO_COUNTS = (0, -1, "a", None, math.nan, math.inf, 1.5, 2.0, True, torch.tensor(3), [3])
+NO_SIZES = ("a", "88", (8.5, 8), (8, "a"), 8.0, math.nan, True, (8, True), (), torch.tensor(8))
+
+
 @pytest.mark.parametrize(
     ("layer", "options", "message"),
     [
@@ -870,7 +877,8 @@ class Renamed(nn.Conv2d):
         (nn.Conv2d(2, 2, 3), {"input_size": (5, 0)}, "input_size"),
         (nn.Conv1d(2, 2, 3, padding=3, padding_mode="reflect"), {"input_size": 3}, "accepts"),
         (nn.Linear(2, 2), {"input_size": 5}, "input_size"),
-        (nn.Linear(2, 2), {"every": 0}, "every"),
+        *((nn.Conv2d(2, 2, 3), {"input_size": size}, "whole number") for size in NO_SIZES),
+        *((nn.Linear(2, 2), {"every": every}, "expected every") for every in NO_COUNTS),
         (nn.Linear(2, 2, dtype=torch.complex64), {}, "real"),
     ],
 )
@@ -879,6 +887,24 @@ def test_errors(layer: Any, options: Any, message: str) -> None:
         spectral_norm(layer, **options)
     assert not spectral_norms(layer)
     assert not isinstance(layer, nn.Conv2d) or not layer._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("name", ["spectral_norm", "weight_norm"])
+def test_errors_where_a_hook_computes_the_weight(name: str) -> None:
+    layer = getattr(nn.utils, name)(nn.Linear(3, 2))
+    with pytest.raises(FlexureError, match=f"computed by a hook; .*remove_{name}"):
+        spectral_norm(layer)
+    getattr(nn.utils, f"remove_{name}")(layer)
+    spectral_norm(layer).eval()
+    assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) == pytest.approx(1, abs=1e-4)
+
+
+def test_settings_may_be_numbers_of_numpy() -> None:
+    count = np.int64(6)
+    for size in (count, (count, 6), [6]):
+        layer = spectral_norm(nn.Conv2d(2, 2, 3), input_size=size, every=count)  # type: ignore[arg-type]
+        assert spectral_norms(layer)[""].size == (6, 6)
 
 
 def test_a_layer_is_normalised_once(layer: Any) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexure.contracts import FlexureError
+from flexure.contracts import FlexureError, is_number
 
 __all__ = ["Axis", "Embedding", "Padding", "Sizes", "convolution_axes", "per_axis"]
 
@@ -176,18 +177,21 @@ def padded_axis(x: Tensor, axis: Axis, dim: int, spatial: int = 1) -> Tensor:
 
 
 def per_axis(name: str, value: Sizes, spatial: int) -> tuple[int, ...]:
-    """One number an axis; a sequence of one stands for all, as in PyTorch's functions.
+    """One whole number an axis; a sequence of one stands for all, as in PyTorch's functions.
 
     Raises:
-        FlexureError: the number of axes is another.
+        FlexureError: one is no whole number, or the number of axes is another.
     """
-    values = (value,) if isinstance(value, int) else tuple(value)
-    values = values * spatial if len(values) == 1 else values
-    if len(values) != spatial:
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    values: tuple[object, ...] = tuple(value) if several else (value,)  # type: ignore[arg-type]
+    whole = tuple(int(x) for x in values if is_number(x) and isinstance(x, Integral))
+    full = whole * spatial if len(whole) == 1 else whole
+    if len(whole) != len(values) or len(full) != spatial:
         raise FlexureError(
-            f"expected {name} to be a number or {spatial} of them, got {value!r}; give one an axis"
+            f"expected {name} to be a whole number or {spatial} of them, got {value!r}; give one "
+            f"an axis"
         )
-    return values
+    return full
 
 
 def _paddings(

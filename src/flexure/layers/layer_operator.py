@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.nn.utils import parametrize
 
 from flexure.batched import lanczos
 from flexure.contracts import FlexureError
@@ -56,13 +57,21 @@ class LayerOperator:
         """Checks the layer.
 
         Raises:
-            FlexureError: it is none of `LAYERS`, changes their forward, or has no values yet.
+            FlexureError: it is none of `LAYERS`, changes their forward, has no values yet, or gets
+                its weight from a hook.
         """
         if self._kind is None:
             known = ", ".join(cls.__name__ for cls in LAYERS)
             raise FlexureError(
                 f"expected a layer that is linear in its input ({known}, or a subclass that keeps "
                 f"the forward), got {type(self.layer).__name__}; normalise the layers inside it"
+            )
+        held = {**self.layer._parameters, **self.layer._buffers}
+        if held.get("weight") is None and not parametrize.is_parametrized(self.layer, "weight"):
+            raise FlexureError(
+                f"expected a layer whose weight is a parameter, got {type(self.layer).__name__}: "
+                f"its weight is computed by a hook; remove_spectral_norm / remove_weight_norm "
+                f"(torch.nn.utils) first"
             )
         weight = self.layer.weight
         if nn.parameter.is_lazy(weight) or not weight.is_floating_point():

@@ -45,12 +45,6 @@ class Memory:
         """Forgets everything."""
         self._entries = []
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that is held, each once."""
-        held = [x for entry in self._entries for x in (entry.weight, entry.direction)]
-        return tuple({id(x): x for x in held}.values())
-
 
 @dataclass(frozen=True)
 class _Entry:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.utils import parametrize
 
-from flexure.contracts import FlexureError
+from flexure.contracts import FlexureError, is_number
 from flexure.layers.geometry import Sizes
 from flexure.layers.layer_operator import LayerOperator, Triple, plain, plainly, scaled
 from flexure.layers.norm_memory import Memory
@@ -89,16 +90,20 @@ def spectral_norm(
         `module`.
 
     Raises:
-        FlexureError: another layer, one that is normalised already, a weight that is not finite,
-            `every` below 1, or an `input_size` that is missing or does not fit.
+        FlexureError: another layer, one that is normalised already, a weight that is not finite or
+            computed by a hook, `every` no whole number of at least 1, or an `input_size` that is
+            missing or does not fit.
     """
     if spectral_norm_of(module) is not None:
         raise FlexureError(
             f"expected a layer that is not normalised, got {type(module).__name__} which is; "
             f"remove_parametrizations(layer, 'weight') undoes it"
         )
-    if every < 1:
-        raise FlexureError(f"expected every >= 1, got {every}; give 1 to refresh at each change")
+    if not (is_number(every) and isinstance(every, Integral) and every >= 1):
+        raise FlexureError(
+            f"expected every to be a whole number >= 1, got {every!r}; give 1 to refresh at each "
+            f"change"
+        )
     norm = SpectralNorm(module, input_size=input_size, every=every)
     parametrize.register_parametrization(module, "weight", norm, unsafe=True)
     norm.train(module.training)
