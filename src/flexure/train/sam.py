@@ -58,9 +58,14 @@ class SAM:
 
     def __post_init__(self) -> None:
         if not (is_number(self.rho) and 0 < self.rho < math.inf):
-            raise FlexureError(f"expected rho above 0, a finite length, got {self.rho!r}")
+            raise FlexureError(
+                f"expected rho above 0, a finite length, got {self.rho!r}; take 0.05"
+            )
         if not isinstance(self.adaptive, bool):
-            raise FlexureError(f"expected adaptive to be True or False, got {self.adaptive!r}")
+            raise FlexureError(
+                f"expected adaptive to be True or False, got {self.adaptive!r}; take False for the "
+                f"plain form, whose rho is a length"
+            )
 
     def __call__(self, backward: Callable[[], float], optimizer: Optimizer) -> float:
         """One update; see `flexure.contracts.UpdateRule`."""
