@@ -809,6 +809,12 @@ class Written(nn.Module):
         return self.operation(self, self.lin(x))
 
 
+def assigned(x: Tensor, place: Any, value: Any) -> Tensor:
+    y = x.clone()
+    y[place] = value
+    return y
+
+
 @pytest.mark.parametrize(
     ("operation", "kind", "was", "note"),
     [
@@ -819,7 +825,39 @@ class Written(nn.Module):
         (lambda m, x: x / m.scale.sum(), "factor", "times a tensor of shape ()", "nothing bounds"),
         (lambda m, x: x * (x > 0), "activation", "", "rectifier written out"),
         (lambda m, x: torch.where(x > 0, x, 0.0), "activation", "", "choice by a condition"),
-        (lambda m, x: x.abs(), "activation", "", "kink"),
+        (lambda m, x: assigned(x, x < 0, 0.0), "activation", "", "choice by a condition"),
+        (
+            lambda m, x: assigned(torch.zeros_like(x), x > 0, x[x > 0]),
+            "activation",
+            "",
+            "choice by a condition",
+        ),
+        (
+            lambda m, x: x.index_put((x < 0,), torch.zeros(())),
+            "activation",
+            "",
+            "choice by a condition",
+        ),
+        (
+            lambda m, x: x.clone().index_put_(indices=(x < 0,), values=torch.zeros(())),
+            "activation",
+            "",
+            "choice by a condition",
+        ),
+        *(
+            (each, "activation", "", "kink")
+            for each in (
+                lambda m, x: x.abs(),
+                lambda m, x: x.amax(1),
+                lambda m, x: torch.amin(x, 1),
+                lambda m, x: x.max(),
+                lambda m, x: x.min(1).values,
+            )
+        ),
+        *(
+            (lambda m, x, step=step: getattr(x, step)(), "activation", "", "jumps")
+            for step in ("round", "floor", "ceil", "sign", "round_", "floor_", "ceil_", "sign_")
+        ),
         (lambda m, x: F.hardtanh(x), "activation", "hardtanh", "^bounded.*softplus is not$"),
         (lambda m, x: F.softshrink(x), "activation", "softshrink", "^no rectifier"),
     ],
@@ -833,6 +871,23 @@ def test_what_nothing_bounds_is_reported(operation: Any, kind: str, was: str, no
     assert re.search(note, part.note)
     assert "CTU" not in part.note
     assert "1 left as it is;" in lcnn_report(model, torch.ones(1, 5)).summary
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda m, x: assigned(x, 0, 0.0),
+        lambda m, x: assigned(
+            x, (slice(None), torch.tensor([True, False, True, True, False])), 0.0
+        ),
+        lambda m, x: assigned(torch.zeros_like(x), slice(None), x),
+        lambda m, x: x.index_put((torch.tensor([0]),), x.detach()[:1]),
+        lambda m, x: x + (x > 0).max(),
+    ],
+)
+def test_places_and_conditions_alone_are_no_kinks(operation: Any) -> None:
+    model = to_lcnn(Written(operation), torch.ones(1, 5))
+    assert not [p for p in lcnn_report(model, torch.ones(1, 5)).left if p.kind == "activation"]
 
 
 def test_layers_and_networks_of_our_own_have_no_factors() -> None:

@@ -70,8 +70,8 @@ def to_lcnn(
       slope of other normalisations, such as LayerNorm; they stay, and are reported.
     - Residual sums are multiplied by a factor.
     - What else multiplies a signal (a vector of scales, a buffer, a number) and kinks that are
-      written out (`x * (x > 0)`, `torch.where`, `abs`) stay, and are reported as far as Python
-      sees them.
+      written out (`x * (x > 0)`, `torch.where`, `x[x < 0] = 0`, `abs`, `amax`, `round`) stay, and
+      are reported as far as Python sees them.
 
     The network is looked at as it runs on the example in eval mode. What it runs in training mode
     alone is not converted; activations that it calls there as functions are errors then.

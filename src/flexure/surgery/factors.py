@@ -85,7 +85,7 @@ class _FactorWatch(SumWatch):
         name = getattr(func, "__name__", "").strip("_")
         top = self.stack[-1]
         if name in _WATCHED and not top.hidden and not _is_layer(top.module):
-            for by, reason in self._noted(name, tree_leaves((args, kwargs))):
+            for by, reason in self._noted(name, _looked_at(name, args, kwargs)):
                 caller = self.paths.get(id(top.module), "")
                 self.factors[Factor(name, caller, by, reason)] = None
         return super().__torch_function__(func, types, args, kwargs)
@@ -93,9 +93,12 @@ class _FactorWatch(SumWatch):
     def _noted(self, name: str, given: list[Any]) -> Iterator[tuple[str, str]]:
         signals = [x for x in given if isinstance(x, Tensor) and self._is_signal(x)]
         floating = [x for x in signals if x.is_floating_point()]
-        if name in _KINKS:
+        if name in _CHOICES:
             if signals:
-                yield "", _KINKS[name]
+                yield "", _CHOICE
+        elif name in _BENDS:
+            if floating:
+                yield "", _BENDS[name]
         elif len(floating) == 1 and len(signals) > 1:
             yield "", _MASK
         elif len(floating) == 1:
@@ -107,6 +110,13 @@ class _FactorWatch(SumWatch):
         if not isinstance(other, Tensor):
             return f"the number {other:.4g}"
         return self.names.get(id(other), f"a tensor of shape {tuple(other.shape)}")
+
+
+def _looked_at(name: str, args: Any, kwargs: Any) -> list[Any]:
+    """What decides on the signal: of an assignment to an index, the index alone."""
+    if name in _ASSIGNMENTS:
+        return tree_leaves(args[1] if len(args) > 1 else kwargs.get("indices"))
+    return tree_leaves((args, kwargs))
 
 
 def _multiplies(x: Any) -> bool:
@@ -123,9 +133,12 @@ _PRODUCT = "nothing bounds this factor"
 _MASK = "a signal times a condition on one: a rectifier written out stays as it is; use nn.ReLU"
 _CHOICE = "a choice by a condition on a signal stays as it is; of a rectifier, use nn.ReLU"
 _KINK = "has a kink that stays: no bound on curvature"
-_KINKS: Mapping[str, str] = {
-    **dict.fromkeys(("where", "masked_fill", "masked_scatter"), _CHOICE),
-    **dict.fromkeys(("abs", "absolute"), _KINK),
+_JUMP = "has jumps that stay: no bound on slope or curvature"
+_ASSIGNMENTS = frozenset(("setitem", "index_put"))
+_CHOICES = _ASSIGNMENTS | {"where", "masked_fill", "masked_scatter"}
+_BENDS: Mapping[str, str] = {
+    **dict.fromkeys(("abs", "absolute", "max", "min", "amax", "amin"), _KINK),
+    **dict.fromkeys(("round", "floor", "ceil", "sign"), _JUMP),
 }
 _PRODUCTS = frozenset(
     (
@@ -135,5 +148,5 @@ _PRODUCTS = frozenset(
         *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     )
 )
-_WATCHED = _PRODUCTS | _KINKS.keys()
+_WATCHED = _PRODUCTS | _CHOICES | _BENDS.keys()
 """Functions, by their names without underscores."""
