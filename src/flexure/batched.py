@@ -199,6 +199,10 @@ class _Ritz:
     residual: Tensor
 
 
+_GROWTH = 32
+"""Room for one vector more is made for as many: below that, none that is not needed."""
+
+
 class _Krylov:
     """Orthonormal bases of the Krylov spaces of some samples, grown by one vector at a time.
 
@@ -230,8 +234,9 @@ class _Krylov:
         return self._room[:, : self._held]
 
     def _append(self, unit: Tensor) -> None:
-        if self._held == self._room.shape[1]:  # copied log(length) times, not every time
-            self._room = torch.cat([self._room, torch.empty_like(self._room)], 1)
+        if self._held == self._room.shape[1]:  # few are copied in vain, and little is held unused
+            more = max(1, self._held // _GROWTH)
+            self._room = torch.cat([self._room, torch.empty_like(self._room[:, :more])], 1)
         self._room[:, self._held] = unit
         self._held += 1
 

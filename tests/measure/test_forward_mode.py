@@ -143,7 +143,7 @@ def networks() -> dict[str, Callable[[], nn.Module]]:
     }
 
 
-@pytest.mark.parametrize(("name", "share"), zip(networks(), (0.65, 0.4, 0.55, 0.45), strict=True))
+@pytest.mark.parametrize(("name", "share"), zip(networks(), (0.65, 0.4, 0.55, 0.85), strict=True))
 def test_it_holds_less_than_double_backward(name: str, share: float) -> None:
     torch.manual_seed(0)
     model, x = networks()[name](), torch.randn(2, 3, 32, 32)

@@ -1,6 +1,7 @@
 """The units as functions of autograd, which save nothing but the input and the dials.
 
-Centered softplus with a learnt beta saves its values, too: a convolution that follows does anyway.
+Centered softplus with a learnt beta keeps its values, too, as long as nothing overwrites them: a
+convolution that follows keeps them anyway.
 
 Reverse mode: `blocked.py` computes first derivatives, `plain.py` those that will be differentiated.
 Forward mode, of the backward pass too: with x and its tangent ẋ, and φ the unit,
@@ -91,15 +92,20 @@ class _CenteredSoftplus(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, beta: Dial) -> Tensor:
         with torch._C.DisableTorchFunction():
             y, size = blocked.centered_softplus(x, beta)
-        keeps = ctx.needs_input_grad[1] and bends.difference_suffices(size)
-        ctx.dials = _Dials(ctx, x, beta, *([y] if keeps else []))
+        ctx.dials = _Dials(ctx, x, beta)
+        # Not by save_for_backward, which would forbid that what follows overwrites them.
+        keeps = ctx.needs_input_grad[1] and bends.difference_suffices(size) and not _is_hooked()
+        ctx.values = (y.detach(), y._version) if keeps else None
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, beta, *kept = ctx.dials.read(ctx)
+        x, beta = ctx.dials.read(ctx)
         grad, needs = grads[0], (ctx.needs_input_grad[0], _asks_for_beta(ctx))
         if not _differentiable(grad):
+            kept = _unchanged(ctx.values)
+            if needs[1]:  # freed as saved tensors are; another pass does without
+                ctx.values = None
             with torch._C.DisableTorchFunction():
                 return blocked.centered_softplus_gradients(grad, x, beta, needs, *kept)
         by_x = by_beta = None
@@ -113,7 +119,18 @@ class _CenteredSoftplus(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return _sloped(_CENTERED_SLOPE, tangent, *ctx.dials.read(ctx)[:2])
+        return _sloped(_CENTERED_SLOPE, tangent, *ctx.dials.read(ctx))
+
+
+def _is_hooked() -> bool:
+    """Whether saved tensors go through hooks (checkpoints, offloading): all must."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
+
+
+def _unchanged(values: tuple[Tensor, int] | None) -> tuple[Tensor, ...]:
+    """The values of a forward pass, unless they were overwritten since or not kept."""
+    return (values[0],) if values is not None and values[0]._version == values[1] else ()
 
 
 def _asks_for_beta(ctx: Any) -> bool:

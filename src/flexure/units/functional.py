@@ -1,7 +1,7 @@
 """The units as functions: CTU, centered softplus, their derivatives and bounds.
 
 Which formula runs where: `blocked.py` in ordinary eager use, behind the autograd functions of
-`autograd.py`, which save only the input, in forward mode too; the plain formulas of `plain.py`
+`autograd.py`, which keep little but the input, in forward mode too; the formulas of `plain.py`
 while compiling, exporting, tracing, inside `torch.func` transforms, in forward mode where dials
 have derivatives, and for derivatives of derivatives.
 
