@@ -72,11 +72,17 @@ def times(
     order = list(arms)
     for index in range(rounds + 1):
         for name in order if index % 2 else order[::-1]:
+            if name not in found:
+                continue
             start = clock()
-            arms[name].epoch(batches if index else batches[:1])
+            try:
+                arms[name].epoch(batches if index else batches[:1])
+            except flexure.FlexureError as error:  # random weights and images
+                print(f"{name}: no time, {error}")
+                del found[name]
+                continue
             if index:  # the first is for warming up
                 found[name].append(clock() - start)
-            del start
     return found
 
 
