@@ -1,7 +1,7 @@
 """Running a network on carriers of bounds: one input of zeros, eval mode, everything put back.
 
 What the carriers do is in `bound_catalogue.py`; what is made of the graph that they leave, in
-`bounds.py` and `lipschitz.py`. Their tables are printed from here too.
+`bounds.py` and `lipschitz.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flexure.measure.bound_rules import Signal
 from flexure.measure.fields import measuring
 from flexure.measuring import unchanged_randomness, uncompiled
 
-__all__ = ["bounded", "table_of"]
+__all__ = ["bounded"]
 
 T = TypeVar("T")
 
@@ -40,17 +40,6 @@ def bounded(
     x = _zeros(model, input_shape)
     with unchanged_randomness(x.device), measuring(model), torch.no_grad(), uncompiled():
         return bounds(_traced(model, carrier.at(x)))
-
-
-def table_of(rows: list[dict[str, str]]) -> list[str]:
-    """The lines of a table: one dict a row, by column."""
-    if not rows:
-        return []
-    header = list(rows[0])
-    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in header}
-    lines = ["  ".join(key.ljust(widths[key]) for key in header).rstrip()]
-    lines.append("  ".join("-" * widths[key] for key in header))
-    return lines + ["  ".join(r[key].ljust(widths[key]) for key in header).rstrip() for r in rows]
 
 
 def _zeros(model: nn.Module, input_shape: Any) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexure.columns import aligned
 from flexure.contracts import FlexureError
 from flexure.measure.bound_catalogue import Bounding
 from flexure.measure.bound_graph import (
@@ -30,7 +31,7 @@ from flexure.measure.bound_graph import (
     rounding,
 )
 from flexure.measure.bound_rules import Graph, Signal
-from flexure.measure.bound_trace import bounded, table_of
+from flexure.measure.bound_trace import bounded
 
 __all__ = ["Contribution", "HessianBound", "hessian_bound"]
 
@@ -142,7 +143,7 @@ class HessianBound:
         return text + overflow
 
     def __str__(self) -> str:
-        rows = table_of(self.rows()) or ["no activation: the logits are affine"]
+        rows = aligned(self.rows(), ruled=True) or ["no activation: the logits are affine"]
         return "\n".join([*rows, self.summary])
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexure.columns import aligned
 from flexure.contracts import FlexureError
 from flexure.measure.bound_catalogue import Bounding, place
 from flexure.measure.bound_graph import (
@@ -29,7 +30,7 @@ from flexure.measure.bound_graph import (
 )
 from flexure.measure.bound_layers import UNBOUNDED
 from flexure.measure.bound_rules import Graph, Signal, parents_of
-from flexure.measure.bound_trace import bounded, table_of
+from flexure.measure.bound_trace import bounded
 from flexure.measure.propagate import carriers_in
 
 __all__ = ["LipschitzBound", "LipschitzStep", "lipschitz_bound"]
@@ -86,7 +87,7 @@ class LipschitzBound:
         return f"Lipschitz constant of the logits: at most {self.value:.6g}{overflow}"
 
     def __str__(self) -> str:
-        return "\n".join([*table_of(self.rows()), self.summary])
+        return "\n".join([*aligned(self.rows(), ruled=True), self.summary])
 
 
 def lipschitz_bound(model: nn.Module, input_shape: Sequence[int]) -> LipschitzBound:

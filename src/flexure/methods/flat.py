@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from numbers import Real
@@ -176,7 +176,10 @@ def train_flat(
     with clock("checking"):  # before any training, which is lost time if a later method fails
         for method in asked:
             check_method(task, method, seeds[0], data.classes)
-    with _stored(store, task, data, settings) as runs, _reporting(progress) as reporter:
+    with (
+        _stored(store, task, data, settings) as runs,
+        closing(ProgressReporter(progress)) as reporter,
+    ):
         bench = _Bench(task, runs, seeds, reporter, clock, store is not None, folder)
         found = tuple(run for method in asked for run in bench.runs_of(method))
     return _result(task, data, asked, found, settings, clock, plane)
@@ -280,15 +283,6 @@ def _stored(
         return
     with TemporaryDirectory(prefix="flexure-") as temporary:
         yield FlatStore(temporary, parts)
-
-
-@contextmanager
-def _reporting(progress: Progress) -> Iterator[ProgressReporter]:
-    reporter = ProgressReporter(progress)
-    try:
-        yield reporter
-    finally:
-        reporter.close()
 
 
 def _settings(

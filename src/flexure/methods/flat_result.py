@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from flexure.columns import aligned
 from flexure.measure.discrepancy import Discrepancy, discrepancy
-from flexure.methods.columns import aligned
 from flexure.methods.flat_notes import flat_notes
 from flexure.methods.flat_quantities import FlatEstimate, FlatQuantity, over_seeds, quantities
 from flexure.record import to_json

@@ -44,8 +44,6 @@ class FlatStore:
 
     def __init__(self, folder: str | os.PathLike[str], fingerprint: Mapping[str, str]) -> None:
         self._store = Store(folder, fingerprint, holds="runs", work="comparison")
-        text = json.dumps(dict(fingerprint), sort_keys=True)
-        self._of = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def get(self, method: FlatMethod, seed: int) -> FlatRun | None:
         """The stored run; None if there is none, or it is damaged.
@@ -97,7 +95,12 @@ class FlatStore:
     def _identity(self, method: FlatMethod, seed: int) -> dict[str, Any]:
         """What a file must be of; compared as JSON values."""
         strengths = to_json(dict(method.strengths))
-        return {"method": method.name, "strengths": strengths, "seed": seed, "comparison": self._of}
+        return {
+            "method": method.name,
+            "strengths": strengths,
+            "seed": seed,
+            "comparison": self._store.digest,
+        }
 
 
 def _key(method: FlatMethod, seed: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from flexure.columns import aligned
 from flexure.contracts import Example, FlexureError
 from flexure.layers import LipschitzBatchNorm, spectral_norms
 from flexure.layers.residual import ResidualSum
@@ -118,12 +119,7 @@ class LCNNReport:
         rows = self.rows()
         if not rows:
             return self.summary
-        header = list(rows[0])
-        widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in header}
-        lines = ["  ".join(key.ljust(widths[key]) for key in header).rstrip()]
-        lines.append("  ".join("-" * widths[key] for key in header))
-        lines += ["  ".join(row[key].ljust(widths[key]) for key in header).rstrip() for row in rows]
-        return "\n".join([*lines, self.summary])
+        return "\n".join([*aligned(rows, ruled=True), self.summary])
 
 
 def lcnn_report(model: nn.Module, example: Example) -> LCNNReport:

@@ -5,8 +5,6 @@ The folder and its fingerprint are `store`'s; what a run is, `tune_result`'s.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,8 +37,6 @@ class RunStore:
 
     def __init__(self, folder: str | os.PathLike[str], fingerprint: Mapping[str, str]) -> None:
         self._store = Store(folder, fingerprint, holds="runs", work="comparison")
-        text = json.dumps(dict(fingerprint), sort_keys=True)
-        self._of = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def get(self, arm: str, trial: Trial, seed: int, *, samples: int, adapter: bool) -> Run | None:
         """The stored run; None if there is none, or it is incomplete or damaged.
@@ -96,7 +92,7 @@ class RunStore:
     def _identity(self, arm: str, trial: Trial, seed: int) -> dict[str, Any]:
         """What a file must be of; compared as JSON values."""
         settings = to_json(trial.settings)
-        return {"arm": arm, "settings": settings, "seed": seed, "comparison": self._of}
+        return {"arm": arm, "settings": settings, "seed": seed, "comparison": self._store.digest}
 
 
 def _key(arm: str, trial: Trial, seed: int) -> str:

@@ -7,6 +7,7 @@ apart.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -36,6 +37,10 @@ class Store:
         holds: what the parts are, for messages.
         work: what they are parts of, for messages.
 
+    Attributes:
+        folder: where the parts are.
+        digest: of the fingerprint, hexadecimal.
+
     Raises:
         FlexureError: the folder cannot be written, or holds parts of something else.
     """
@@ -48,6 +53,8 @@ class Store:
         holds: str = "features",
         work: str = "search",
     ) -> None:
+        text = json.dumps(dict(fingerprint), sort_keys=True)
+        self.digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         self.folder = check_writable(folder)
         path = self.folder / _FINGERPRINT
         if not path.exists():

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -139,7 +139,7 @@ def tune(
     with clock("checking"):  # before any training, which is lost time if a later arm fails
         for arm in asked:
             check_arm(task, arm, seeds[0])
-    with _stored(store, task, data) as runs, _reporting(progress) as reporter:
+    with _stored(store, task, data) as runs, closing(ProgressReporter(progress)) as reporter:
         kept = {"resumable": store is not None, "save": folder is not None}
         bench = _Bench(task, data, runs, seeds, reporter, clock, **kept)
         tried = [bench.tried(arm) for arm in asked]
@@ -272,15 +272,6 @@ def _stored(
         return
     with TemporaryDirectory(prefix="flexure-") as temporary:
         yield RunStore(temporary, parts)
-
-
-@contextmanager
-def _reporting(progress: Progress) -> Iterator[ProgressReporter]:
-    reporter = ProgressReporter(progress)
-    try:
-        yield reporter
-    finally:
-        reporter.close()
 
 
 def _keep(tried: Sequence[_Tried], runs: RunStore, seed: int, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexure.methods.columns import aligned
+from flexure.columns import aligned
 from flexure.methods.crossed import CrossedMean, crossed_difference, crossed_share
 from flexure.record import to_json
 from flexure.units.parameterization import saturated_share

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
+from flexure.columns import aligned
 from flexure.contracts import SiteError
 from flexure.units.catalogue import SPECS
 from flexure.units.spec import Point
@@ -192,12 +193,7 @@ class SiteReport:
         rows = self.rows()
         if not rows:
             return self.summary
-        header = list(rows[0])
-        widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in header}
-        lines = ["  ".join(key.ljust(widths[key]) for key in header).rstrip()]
-        lines.append("  ".join("-" * widths[key] for key in header))
-        lines += ["  ".join(row[key].ljust(widths[key]) for key in header).rstrip() for row in rows]
-        return "\n".join([*lines, self.summary])
+        return "\n".join([*aligned(rows, ruled=True), self.summary])
 
     def _check_reached(self, refusals: Iterable[Refusal]) -> None:
         blocking = [refusal for refusal in refusals if refusal.blocking]

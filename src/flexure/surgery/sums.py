@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from flexure.calling import call_model, copied, evaluating
+from flexure.columns import aligned
 from flexure.contracts import Example, SiteError
 from flexure.layers.residual import check_factor
 from flexure.surgery.census import did_not_run, outermost_scripted
@@ -111,10 +112,7 @@ class SumReport:
         rows = self.rows()
         if not rows:
             return self.summary
-        widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
-        table = [dict(zip(rows[0], rows[0], strict=True)), *rows]
-        lines = ["  ".join(r[key].ljust(widths[key]) for key in r).rstrip() for r in table]
-        return "\n".join([*lines, self.summary])
+        return "\n".join([*aligned(rows), self.summary])
 
 
 def find_sums(model: nn.Module, example: Example) -> SumReport:
