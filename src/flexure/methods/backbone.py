@@ -17,8 +17,8 @@ from flexure.contracts import FlexureError
 from flexure.methods.features import FeatureReader
 from flexure.methods.samples import Samples
 from flexure.methods.steer import Steering
-from flexure.methods.store import Store
 from flexure.progress import ProgressReporter
+from flexure.store import Store
 
 __all__ = ["Backbone", "Clock", "Dial", "Pair"]
 

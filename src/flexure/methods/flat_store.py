@@ -21,8 +21,8 @@ from flexure.measure.over import Summary
 from flexure.methods.flat_methods import FlatMethod
 from flexure.methods.flat_result import FlatRun
 from flexure.methods.measures import MEASURES
-from flexure.methods.store import Store
 from flexure.record import to_json
+from flexure.store import Store
 
 __all__ = ["FlatStore"]
 

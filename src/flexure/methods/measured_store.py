@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from flexure.methods.store import Store
 from flexure.per_sample import PerSample
+from flexure.store import Store
 
 __all__ = ["KeptBatches", "MeasuredStore"]
 

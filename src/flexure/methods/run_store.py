@@ -14,9 +14,9 @@ from torch import Tensor
 
 from flexure.contracts import FlexureError
 from flexure.methods.arms import Trial
-from flexure.methods.store import Store
 from flexure.methods.tune_result import Run
 from flexure.record import to_json
+from flexure.store import Store
 
 __all__ = ["RunStore"]
 

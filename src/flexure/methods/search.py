@@ -39,9 +39,9 @@ from flexure.methods.search_result import (
     standard_error,
 )
 from flexure.methods.steer import Steering, steer
-from flexure.methods.store import Store
 from flexure.progress import Progress, ProgressReporter
 from flexure.record import versions
+from flexure.store import Store
 from flexure.surgery.sites import Where
 from flexure.surgery.wrapped import unwrapped
 
