@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import flexure
 from flexure.attacks import PGD, Bounded, Robustness, robust_accuracy
-from flexure.attacks.evaluate import ATTACKS
+from flexure.attacks.catalogue import ATTACKS
 from flexure.contracts import FlexureError
 from tests.measure.untouched import untouched
 
@@ -465,6 +465,7 @@ def test_what_does_not_fit(change, message: str) -> None:
 
 
 def test_names() -> None:
-    assert all(make(norm).norm == norm for make in ATTACKS.values() for norm in ("l2", "linf"))
+    for make in ATTACKS.values():
+        assert all(each.norm == norm for norm in ("l2", "linf") for each in make(norm))
     assert flexure.robust_accuracy is robust_accuracy
     assert flexure.Bounded is Bounded

@@ -23,6 +23,9 @@ class SampleGenerators(torch.Generator):
 
     Attributes:
         each: one a sample.
+        stream: as given. Of the harness (`robust_accuracy`): the user's seed and the attack's place
+            among the attacks of the call. An attack that cannot draw for each sample apart, such as
+            one of another library, seeds that library with `stream[0]`.
 
     Args:
         stream: integers that tell this use from others: a seed, an update's number, ...
@@ -30,13 +33,15 @@ class SampleGenerators(torch.Generator):
     """
 
     each: list[torch.Generator]
+    stream: tuple[int, ...]
 
     def __new__(cls, stream: Iterable[int], numbers: Tensor) -> SampleGenerators:
         """A generator of the CPU."""
         return super().__new__(cls)
 
     def __init__(self, stream: Iterable[int], numbers: Tensor) -> None:
-        common = [value % 2**64 for value in stream]
+        self.stream = tuple(stream)
+        common = [value % 2**64 for value in self.stream]
         self.each = [
             torch.Generator().manual_seed(_seed([*common, number])) for number in numbers.tolist()
         ]

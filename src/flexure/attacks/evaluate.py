@@ -6,7 +6,7 @@ than its results, scored on the model itself, say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,22 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from flexure.attacks.bounded import check_within, limits_of
+from flexure.attacks.catalogue import ATTACKS
 from flexure.attacks.checks import check_attack, check_seed, checked
 from flexure.attacks.draws import SampleGenerators
 from flexure.attacks.intact import intact
 from flexure.attacks.norms import check_eps, norm_named
-from flexure.attacks.pgd import PGD
 from flexure.calling import check_logits, evaluating, logits_of
 from flexure.contracts import Attack, FlexureError
 from flexure.measuring import measuring
 from flexure.per_sample import PerSample
 
-__all__ = ["ATTACKS", "Robustness", "robust_accuracy"]
-
-ATTACKS: Mapping[str, Callable[[str], Attack]] = {
-    "pgd": lambda norm: PGD(norm=norm, until_misclassified=True),
-}
-"""Name -> the attack of that name in a norm, with the settings of its paper."""
+__all__ = ["Robustness", "robust_accuracy"]
 
 
 @dataclass(frozen=True)
@@ -158,10 +153,12 @@ def _chosen(
             f"are objects"
         )
     (name,) = norms
-    return name, [_named(each, name) if isinstance(each, str) else each for each in found]
+    return name, [
+        one for each in found for one in (_named(each, name) if isinstance(each, str) else (each,))
+    ]
 
 
-def _named(name: str, norm: str) -> Attack:
+def _named(name: str, norm: str) -> tuple[Attack, ...]:
     if name not in ATTACKS:
         raise FlexureError(
             f"expected attack to be one of {', '.join(map(repr, ATTACKS))}, or an object with norm "
