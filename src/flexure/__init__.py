@@ -37,6 +37,7 @@ __all__ = [
     "Adaptation",
     "AdapterError",
     "AddressError",
+    "AttackReport",
     "BetaSearch",
     "BoundaryError",
     "Bounded",
@@ -69,6 +70,7 @@ __all__ = [
     "TuneResult",
     "adapt",
     "adaptations",
+    "attack_model",
     "boundary_error",
     "calibration",
     "curvature",
@@ -100,6 +102,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "AttackReport": "methods.attack_model_result",
     "BoundaryError": "measure.boundary",
     "Bounded": "attacks.bounded",
     "Calibration": "measure.calibration",
@@ -115,6 +118,7 @@ _LAZY = {
     "SobolevSeminorm": "measure.sobolev",
     "Summary": "measure.over",
     "TuneResult": "methods.tune_result",
+    "attack_model": "methods.attack_model",
     "boundary_error": "measure.boundary",
     "calibration": "measure.calibration",
     "curvature_rate": "measure.rate",
