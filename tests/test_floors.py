@@ -16,9 +16,8 @@ ROOT = Path(flexure.__file__).parent
 
 FLOORS = {
     **dict.fromkeys(("contracts", "calling", "record", "addresses", "memory", "progress"), 0),
-    **dict.fromkeys(
-        ("columns", "store", "processes", "per_sample", "batched", "measuring", "wide"), 0
-    ),
+    **dict.fromkeys(("columns", "store", "fingerprints", "processes", "per_sample", "batched"), 0),
+    **dict.fromkeys(("measuring", "wide"), 0),
     **dict.fromkeys(("units", "data", "layers"), 1),
     **dict.fromkeys(("surgery", "models", "measure", "attacks"), 2),
     **dict.fromkeys(("train", "penalties"), 3),

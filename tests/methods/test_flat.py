@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import flexure
 from flexure.contracts import DataError, FlexureError
 from flexure.data import Augmentation
+from flexure.fingerprints import fingerprint
 from flexure.methods import flat_run
-from flexure.methods.features import fingerprint
 from flexure.methods.flat_measured import settled
 from flexure.methods.flat_methods import flat_methods
 from flexure.methods.flat_result import FlatRun, FlatTraining

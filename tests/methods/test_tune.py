@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import flexure
 from flexure.contracts import DataError, FlexureError
+from flexure.fingerprints import fingerprint
 from flexure.methods import tune_run
 from flexure.methods.baselines import FullFinetune, LinearProbe
-from flexure.methods.features import fingerprint
 from flexure.methods.lora import LoRA
 from flexure.methods.shuffled import Shuffled
 from flexure.methods.trainable_ct import TrainableCT

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flexure.calling import evaluating
 from flexure.contracts import FlexureError
-from flexure.methods.features import fingerprint
+from flexure.fingerprints import fingerprint
 from flexure.methods.steer import steer
 from flexure.surgery import sites
 from flexure.surgery.frozen import freeze

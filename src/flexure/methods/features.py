@@ -5,8 +5,6 @@ The dials are turned by whoever calls; what is done with the features is not kno
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,11 +14,11 @@ from torch import Tensor, nn
 
 from flexure.calling import call_model, evaluating, logits_of, map_tensors, take
 from flexure.contracts import DataError, Example, FlexureError
-from flexure.methods.samples import Samples, content
+from flexure.methods.samples import Samples
 from flexure.surgery.preserve import preserved
 from flexure.surgery.wrapped import module_at, plain_path
 
-__all__ = ["FeatureReader", "check_head", "default_head", "device_of", "fingerprint", "head_module"]
+__all__ = ["FeatureReader", "check_head", "default_head", "device_of", "head_module"]
 
 _CPU_BATCH = 32
 """Samples per forward pass on CPUs, whatever the batches' size: the activations of larger ones
@@ -170,18 +168,6 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Digest of a model's class and description, and of its tensors with their names."""
-    kind = type(model)
-    constants = re.sub(r"0x[0-9a-f]+", "", repr(model))  # addresses differ from run to run
-    text = f"{kind.__module__}.{kind.__qualname__} {constants}"
-    digest = hashlib.blake2b(text.encode(), digest_size=16)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(content(tensor))
-    return digest.hexdigest()
 
 
 def _calls(

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from flexure.contracts import Batches, FlexureError
 from flexure.data.augment import Augmentation
+from flexure.fingerprints import content, fingerprint
 from flexure.methods.backbone import Clock
-from flexure.methods.features import device_of, fingerprint
+from flexure.methods.features import device_of
 from flexure.methods.flat_check import check_method
 from flexure.methods.flat_measured import ATTACK
 from flexure.methods.flat_methods import STANDARD, FlatMethod, flat_methods
@@ -31,7 +32,6 @@ from flexure.methods.flat_result import FlatRun, FlatTraining, Plane
 from flexure.methods.flat_run import train_flat_once, weights_digest
 from flexure.methods.flat_store import FlatStore
 from flexure.methods.flat_task import OPTIMIZERS, FlatTask, Network, Recipe, Space
-from flexure.methods.samples import content
 from flexure.methods.settings import check_counts, checked_seeds
 from flexure.methods.tuning_data import TuningData
 from flexure.models import RESIDUAL_FACTORS

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flexure.calling import seeded
 from flexure.contracts import FlexureError
-from flexure.methods.features import fingerprint
+from flexure.fingerprints import fingerprint
 from flexure.methods.flat_measured import measured
 from flexure.methods.flat_methods import FlatMethod
 from flexure.methods.flat_result import FlatRun

@@ -20,16 +20,17 @@ from torch import Tensor, nn
 
 from flexure.calling import call_model, logits_of, seeded, take
 from flexure.contracts import Batches, BudgetError, DataError, FlexureError
+from flexure.fingerprints import content, fingerprint
 from flexure.measure.bounds import HessianBound, hessian_bound
 from flexure.measure.fields import measuring
 from flexure.measure.over import Summary, over
-from flexure.methods.features import device_of, fingerprint
+from flexure.methods.features import device_of
 from flexure.methods.measured_notes import notes
 from flexure.methods.measured_store import MeasuredStore
 from flexure.methods.measurements_result import Measurements, ModelMeasurements
 from flexure.methods.measures import BOUND, MEASURES, Settings
 from flexure.methods.paired import QuantityDifference
-from flexure.methods.samples import Samples, content, read_samples
+from flexure.methods.samples import Samples, read_samples
 from flexure.methods.shuffled import InOrder
 from flexure.processes import current_processes
 from flexure.progress import Progress, ProgressReporter

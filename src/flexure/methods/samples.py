@@ -16,12 +16,12 @@ from torch import Tensor
 
 from flexure.calling import map_tensors, rows_of
 from flexure.contracts import Batches, DataError
+from flexure.fingerprints import content
 
 __all__ = [
     "Samples",
     "check_disjoint",
     "check_labels",
-    "content",
     "read_samples",
 ]
 
@@ -164,12 +164,6 @@ def check_disjoint(first: Samples, second: Samples) -> int:
             f"must be disjoint"
         )
     return shared
-
-
-def content(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor's values."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 def _checked(item: Any, name: str, number: int) -> tuple[Any, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flexure.calling import map_tensors, take
 from flexure.contracts import Batches, DataError, Example, FlexureError
+from flexure.fingerprints import fingerprint
 from flexure.methods.backbone import Backbone, Clock, Dial
 from flexure.methods.comparison import Row, Trainer, compare
 from flexure.methods.features import (
@@ -26,7 +27,6 @@ from flexure.methods.features import (
     check_head,
     default_head,
     device_of,
-    fingerprint,
     head_module,
 )
 from flexure.methods.samples import Samples, check_disjoint, check_labels, read_samples

@@ -19,9 +19,10 @@ from tempfile import TemporaryDirectory
 from torch import nn
 
 from flexure.contracts import Batches, Example, FlexureError
+from flexure.fingerprints import fingerprint
 from flexure.methods.arms import RATE_FACTORS, Arm, Arms, Trial, arms_of
 from flexure.methods.backbone import Clock
-from flexure.methods.features import check_head, default_head, fingerprint, head_module
+from flexure.methods.features import check_head, default_head, head_module
 from flexure.methods.head import HEAD_LEARNING_RATE
 from flexure.methods.in_place import adaptation_in_place
 from flexure.methods.run_store import RunStore

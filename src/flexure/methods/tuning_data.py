@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from flexure.calling import as_batches, map_tensors, take
 from flexure.contracts import Batches, DataError, Example
 from flexure.data.augment import Augmentation
+from flexure.fingerprints import content
 from flexure.methods.features import device_of
-from flexure.methods.samples import Samples, check_disjoint, check_labels, content, read_samples
+from flexure.methods.samples import Samples, check_disjoint, check_labels, read_samples
 from flexure.methods.shuffled import InOrder, Shuffled, at, joined
 
 __all__ = ["Train", "TuningData"]
