@@ -2,7 +2,7 @@
 
 from flexure.attacks.adversarial import Adversarial
 from flexure.attacks.bounded import Bounded
-from flexure.attacks.evaluate import Robustness, robust_accuracy
+from flexure.attacks.evaluate import AttackResult, Robustness, robust_accuracy
 from flexure.attacks.pgd import PGD
 
-__all__ = ["PGD", "Adversarial", "Bounded", "Robustness", "robust_accuracy"]
+__all__ = ["PGD", "Adversarial", "AttackResult", "Bounded", "Robustness", "robust_accuracy"]

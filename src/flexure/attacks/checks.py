@@ -13,7 +13,7 @@ from torch import Tensor
 from flexure.attacks.norms import norm_named, project
 from flexure.contracts import Attack, FlexureError
 
-__all__ = ["check_attack", "check_seed", "checked"]
+__all__ = ["allowed", "check_attack", "check_seed", "checked"]
 
 _TOLERANCE = 1e-4
 """Relative excess over the radius that is forgiven: float32 cannot hold the sum x + change."""
@@ -74,11 +74,21 @@ def checked(
     if not bool(inputs.isfinite().all()):
         raise FlexureError(f"expected {name} to return finite inputs, got nan or infinity; mend it")
     inputs = project(inputs, x, norm=norm, eps=eps, limits=limits)
-    farthest = float(norm_named(norm).size(inputs.double() - x.double()).max())
-    within = bool(((inputs >= limits[0]) & (inputs <= limits[1])).all())
-    if farthest > eps * (1 + _TOLERANCE) or not within:
+    if not allowed(inputs, x, norm=norm, eps=eps, limits=limits):
         raise FlexureError(
             f"expected projected inputs within {eps} and within {limits}, got a distance of "
-            f"{farthest}; use float64 or a larger eps"
+            f"{_farthest(inputs, x, norm)}; use float64 or a larger eps"
         )
     return inputs
+
+
+def allowed(
+    inputs: Tensor, x: Tensor, *, norm: str, eps: float, limits: tuple[float, float]
+) -> bool:
+    """Whether inputs are within the ball around x, up to rounding, and within the bounds."""
+    within = bool(((inputs >= limits[0]) & (inputs <= limits[1])).all())
+    return within and _farthest(inputs, x, norm) <= eps * (1 + _TOLERANCE)
+
+
+def _farthest(inputs: Tensor, x: Tensor, norm: str) -> float:
+    return float(norm_named(norm).size(inputs.double() - x.double()).max())

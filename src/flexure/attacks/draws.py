@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["SampleGenerators", "normal", "uniform"]
+__all__ = ["SampleGenerators", "normal", "seed_of", "uniform"]
 
 
 class SampleGenerators(torch.Generator):
@@ -43,9 +43,9 @@ class SampleGenerators(torch.Generator):
         self.stream = tuple(stream)
         common = [value % 2**64 for value in self.stream]
         self.each = [
-            torch.Generator().manual_seed(_seed([*common, number])) for number in numbers.tolist()
+            torch.Generator().manual_seed(seed_of([*common, number])) for number in numbers.tolist()
         ]
-        self.manual_seed(_seed([*common, *numbers[:1].tolist()]))
+        self.manual_seed(seed_of([*common, *numbers[:1].tolist()]))
 
 
 def normal(shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -62,5 +62,6 @@ def uniform(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return torch.stack([torch.rand(shape[1:], generator=own) for own in generator.each])
 
 
-def _seed(words: list[int]) -> int:
+def seed_of(words: list[int]) -> int:
+    """A seed of 63 bits made of integers, each of at least 0."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
