@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,16 @@ from flexure.attacks.checks import check_attack, check_seed
 from flexure.attacks.norms import check_eps, norm_named
 from flexure.contracts import Attack, Batches, DataError, FlexureError
 from flexure.methods.attack_model_bench import Bench, Task
-from flexure.methods.attack_model_result import AttackedModel, AttackReport
+from flexure.methods.attack_model_result import AttackedModel, AttackReport, CertifiedShare
+from flexure.methods.attack_model_shares import share
 from flexure.methods.features import device_of
 from flexure.methods.samples import read_samples
 from flexure.processes import current_processes
 from flexure.progress import Progress, ProgressReporter
+
+if TYPE_CHECKING:
+    from flexure.attacks.masking_result import MaskingReport
+    from flexure.measure.certificates import Certificates
 
 __all__ = ["PROTOCOLS", "RADII", "AttackReport", "attack_model"]
 
@@ -52,6 +57,7 @@ def attack_model(
     eps: Mapping[str, Sequence[float]] = RADII,
     seed: int = 42,
     batch_size: int | None = None,
+    every: bool = False,
     reference: nn.Module | None = None,
     names: tuple[str, str] = ("model", "reference"),
     masking: bool = False,
@@ -84,6 +90,8 @@ def attack_model(
         eps: norm -> radii, in units of x.
         seed: of everything random; both models get the same draws.
         batch_size: samples at a time; None: all.
+        every: run each attack on all samples that are right without one, which tells the accuracy
+            under each attack alone (`AttackStage.alone`).
         reference: another classifier of the same inputs and classes, such as the unsteered
             network: attacked in the same way, and compared sample by sample.
         names: what to call the two.
@@ -130,22 +138,41 @@ def attack_model(
     }
     reporter = ProgressReporter(progress if current_processes().is_first else None)
     bench = Bench(
-        tasks, x, y, seed=seed, batch_size=batch_size, keep=keep,
+        tasks, x, y, seed=seed, batch_size=batch_size, every=every, keep=keep,
         store=None if resume is None else Path(resume), reporter=reporter,
     )  # fmt: skip
+    bounded = next(iter(models.values()))
+    # First, because it is quick to refuse a network.
+    certificates = _certificates(bounded, x, y, eps, batch_size) if certify else {}
     try:
-        found, kept = zip(*(bench.attacked(*each) for each in models.items()), strict=True)
+        runs = (bench.attacked(place, *each) for place, each in enumerate(models.items()))
+        found, kept = zip(*runs, strict=True)
     finally:
         reporter.close()
-    bounded = next(iter(models.values()))
-    told = {
+    judged = None
+    if masking:
+        against = source if source is not None else models.get(names[1])
+        judged = _masking(bounded, against, found[0], x, y, seed=seed, batch_size=batch_size)
+    told: dict[str, Any] = {
         "attacks": [each if isinstance(each, str) else repr(each) for each in attacks],
         "eps": {norm: sorted(set(radii)) for norm, radii in eps.items()},
         "protocol": [protocol] if isinstance(protocol, str) else list(protocol),
         "seed": seed, "batch_size": batch_size, "mean": bounded.mean, "std": bounded.std,
         "bounds": bounded.bounds,
     }  # fmt: skip
-    return AttackReport(found, kept[0], notes=tuple(_notes(found, tasks)), settings=told)
+    return AttackReport(
+        found,
+        kept[0],
+        masking=judged,
+        certificates=certificates,
+        certified=tuple(
+            CertifiedShare(norm, radius, share(found.certified(radius).cpu()))
+            for norm, found in certificates.items()
+            for radius in told["eps"][norm]
+        ),
+        notes=tuple(_notes(found, tasks)),
+        settings=told,
+    )
 
 
 def _tasks(
@@ -237,6 +264,40 @@ def _read(data: Batches | tuple[Tensor, Tensor], device: torch.device) -> tuple[
             f"expected inputs that are tensors of one shape, got {got}; attacks change one tensor"
         )
     return torch.cat([x.to(device) for x in parts]), samples.labels.to(device)
+
+
+def _certificates(
+    bounded: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: Mapping[str, Sequence[float]],
+    batch_size: int | None,
+) -> dict[str, Certificates]:
+    from flexure.measure.certificates import certified_radius
+
+    return {norm: certified_radius(bounded, x, y, norm=norm, chunk=batch_size) for norm in eps}
+
+
+def _masking(
+    bounded: Bounded,
+    source: nn.Module | None,
+    found: AttackedModel,
+    x: Tensor,
+    y: Tensor,
+    *,
+    seed: int,
+    batch_size: int | None,
+) -> MaskingReport:
+    """At the radius where attacks have something to find, and something to miss."""
+    from flexure.attacks.masking import masking_report
+
+    half = found.clean_accuracy.value / 2
+    at = min(found.at, key=lambda at: (at.protocol != "standard", abs(at.accuracy.value - half)))
+    if source is not None and not isinstance(source, Bounded):
+        source = Bounded(source, mean=bounded.mean, std=bounded.std, bounds=bounded.bounds)
+    return masking_report(
+        bounded, x, y, norm=at.norm, eps=at.eps, seed=seed, source=source, batch_size=batch_size
+    )
 
 
 def _notes(found: Sequence[AttackedModel], tasks: Sequence[Task]) -> Iterator[str]:

@@ -5,7 +5,6 @@ How inputs are attacked and scored is `attacks`' business; what is asked for, `a
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +27,9 @@ from flexure.methods.attack_model_result import (
 from flexure.progress import ProgressReporter
 
 __all__ = ["Bench", "Task"]
+
+_NOTHING = ""
+"""Stands for no attack among their names: what is wrong as it is."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,25 @@ class _Kept:
     attacks: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One model under one task.
+
+    Attributes:
+        folder: how its folders of finished batches begin.
+        name: of the model.
+        model: with its bounds.
+        task: what it is attacked with.
+        clean: (N,) bool, right without an attack.
+    """
+
+    folder: str
+    name: str
+    model: Bounded
+    task: Task
+    clean: Tensor
+
+
 class Bench:
     """Attacks one model after another on the same samples.
 
@@ -65,6 +86,7 @@ class Bench:
         y: (N,) labels.
         seed: of everything random.
         batch_size: samples at a time; None: all.
+        every: whether each attack is run on all samples that are right, survivors or not.
         keep: adversarial examples of each model and norm.
         store: folder of finished parts; None: none are kept.
         reporter: is told how far it is.
@@ -78,31 +100,35 @@ class Bench:
         *,
         seed: int,
         batch_size: int | None,
+        every: bool,
         keep: int,
         store: Path | None,
         reporter: ProgressReporter,
     ) -> None:
         self._tasks, self._x, self._y = tasks, x, y
-        self._seed, self._batch_size, self._keep = seed, batch_size, keep
+        self._seed, self._batch_size, self._every, self._keep = seed, batch_size, every, keep
         self._store, self._reporter = store, reporter
 
-    def attacked(self, name: str, model: Bounded) -> tuple[AttackedModel, AdversarialExamples]:
-        """All radii of all norms, and the first adversarial examples."""
+    def attacked(
+        self, place: int, name: str, model: Bounded
+    ) -> tuple[AttackedModel, AdversarialExamples]:
+        """All radii of all norms, and the first adversarial examples.
+
+        Args:
+            place: of the model among all.
+            name: of it.
+            model: with its bounds.
+        """
         clean = self._clean(model)
         at: list[AttackedAt] = []
         kept: list[_Kept] = []
-        total = sum(len(task.radii) for task in self._tasks)
         for task in self._tasks:
-            left = clean
+            run = _Run(f"{place}-{task.protocol}-{task.norm}", name, model, task, clean)
+            beaten = {_NOTHING: ~clean}
             for eps in task.radii:
-                stage = f"{name}: {task.norm} {radius_text(eps, task.norm)}"
-                self._reporter(stage, len(at), total)
-                robust, stages, found = self._radius(name, model, task, eps, left)
-                carried = int((clean & ~left).sum())
-                at.append(AttackedAt(task.norm, eps, robust, stages, carried, task.protocol))
-                self._reporter(stage, len(at), total)
-                if task.carries:
-                    left, kept = robust, [*kept, *found]
+                found, adversarial = self._radius(run, eps, beaten)
+                at.append(found)
+                kept += adversarial
         return AttackedModel(name, clean, tuple(at)), self._examples(model, kept)
 
     def _clean(self, model: Bounded) -> Tensor:
@@ -114,16 +140,26 @@ class Bench:
         return found.clean.cpu()
 
     def _radius(
-        self, name: str, model: Bounded, task: Task, eps: float, left: Tensor
-    ) -> tuple[Tensor, tuple[AttackStage, ...], list[_Kept]]:
-        """(N,) bool, right at this radius too; what each attack did; what beats the model."""
-        rows = left.nonzero().flatten()
+        self, run: _Run, eps: float, beaten: dict[str, Tensor]
+    ) -> tuple[AttackedAt, list[_Kept]]:
+        """All attacks at one radius; `beaten` by each attack so far is brought up to date."""
+        task, clean = run.task, run.clean
+        known = torch.stack(list(beaten.values())).any(0) if task.carries else ~clean
+        rows = (clean if self._every else ~known).nonzero().flatten()
+        carried = int((clean & known).sum())
         if not len(rows):
-            return left, (), []
+            return AttackedAt(task.norm, eps, ~known, (), carried, task.protocol), []
+        found = self._evaluated(run, eps, rows)
+        stages = self._stages(found, task, rows, known, beaten)
+        robust = stages[-1].robust
+        kept = self._kept(found, rows, stages, known, task, eps)
+        return AttackedAt(task.norm, eps, robust, stages, carried, task.protocol), kept
+
+    def _evaluated(self, run: _Run, eps: float, rows: Tensor) -> Robustness:
+        task, told = run.task, f"{run.name}: {run.task.norm} {radius_text(eps, run.task.norm)}"
         here = rows.to(self._x.device)
-        start = time.perf_counter()
-        found = robust_accuracy(
-            model,
+        return robust_accuracy(
+            run.model,
             self._x[here],
             self._y[here],
             attack=list(task.attacks),
@@ -131,29 +167,56 @@ class Bench:
             eps=eps,
             seed=self._seed,
             batch_size=self._batch_size,
+            every=self._every,
+            resume=None if self._store is None else self._store / f"{run.folder}-{eps:.8g}.attack",
+            progress=lambda stage, done, total: self._reporter(f"{told}, {stage}", done, total),
+            **({} if task.carries else {"protocol": task.protocol}),
         )
-        stages = self._stages(found, task, rows, time.perf_counter() - start)
-        robust = torch.zeros_like(left)
-        robust[rows] = found.robust.cpu()
-        beaten = (~found.robust.cpu()).nonzero().flatten()[: self._keep]
-        by = tuple(
-            next(s.name for s in stages if bool(s.tried[row]) and not bool(s.robust[row]))
-            for row in rows[beaten].tolist()
-        )
-        kept = _Kept(rows[beaten], found.x_adv.cpu()[beaten], task.norm, eps, by)
-        return robust, stages, [kept] if len(beaten) else []
 
     def _stages(
-        self, found: Robustness, task: Task, rows: Tensor, seconds: float
+        self,
+        found: Robustness,
+        task: Task,
+        rows: Tensor,
+        known: Tensor,
+        beaten: dict[str, Tensor],
     ) -> tuple[AttackStage, ...]:
         """What each attack did, on the places of all samples."""
-        nobody = torch.zeros(len(self._y), dtype=torch.bool)
-        robust, tried = nobody.clone(), nobody.clone()
-        robust[rows], tried[rows] = found.robust.cpu(), True
-        told = " + ".join(
-            each if isinstance(each, str) else type(each).__name__ for each in task.attacks
+        stages = []
+        nobody = torch.zeros_like(known)
+        lost = known.clone()
+        lost[rows] |= ~found.clean.cpu()  # of a random network: right before, wrong now
+        for one in found.attacks:
+            tried, here = nobody.clone(), nobody.clone()
+            tried[rows], here[rows] = one.tried.cpu(), one.beaten.cpu()
+            lost = lost | here
+            own = here | (beaten.get(one.name, nobody) if task.carries else nobody)
+            beaten[one.name] = own
+            alone = ~own & ~beaten[_NOTHING] if self._every else None
+            stages.append(
+                AttackStage(one.name, ~lost, tried, here, one.seconds, alone, one.warnings)
+            )
+        return tuple(stages)
+
+    def _kept(
+        self,
+        found: Robustness,
+        rows: Tensor,
+        stages: Sequence[AttackStage],
+        known: Tensor,
+        task: Task,
+        eps: float,
+    ) -> list[_Kept]:
+        """The first adversarial versions that are new at this radius."""
+        if not task.carries:
+            return []
+        beaten = torch.stack([stage.beaten for stage in stages]).any(0) & ~known
+        chosen = beaten[rows].nonzero().flatten()[: self._keep]
+        by = tuple(
+            next(stage.name for stage in stages if bool(stage.beaten[row]))
+            for row in rows[chosen].tolist()
         )
-        return (AttackStage(told, robust, tried, seconds),)
+        return [_Kept(rows[chosen], found.x_adv.cpu()[chosen], task.norm, eps, by)]
 
     def _examples(self, model: Bounded, kept: Sequence[_Kept]) -> AdversarialExamples:
         """The first ones of each norm."""

@@ -37,26 +37,32 @@ _GRAY_LEVELS = 255
 
 @dataclass(frozen=True)
 class AttackStage:
-    """One attack at one radius, on the samples that withstood all attacks before it.
+    """One attack at one radius.
 
     Attributes:
         name: of the attack.
         robust: (N,) bool, right after this attack and all before it, smaller radii included.
         tried: (N,) bool, attacked by it.
-        seconds: wall-clock; of a resumed run those of when it was done.
+        beaten: (N,) bool, those of them that it found a misclassified version of.
+        seconds: of wall-clock time, summed over processes; of what a resumed run did not do again,
+            those of when it was done.
+        alone: (N,) bool, right under this attack alone, at all radii up to this one; None: it was
+            given no more than the survivors of others.
         warnings: what the attack said.
     """
 
     name: str
     robust: Tensor
     tried: Tensor
+    beaten: Tensor
     seconds: float
+    alone: Tensor | None = None
     warnings: tuple[str, ...] = ()
 
     @property
     def found(self) -> int:
         """Samples that it found an adversarial version of."""
-        return int((self.tried & ~self.robust).sum())
+        return int(self.beaten.sum())
 
     @property
     def seconds_per_attacked(self) -> float:
@@ -66,7 +72,7 @@ class AttackStage:
     @property
     def seconds_per_survivor(self) -> float:
         """Seconds for each attacked sample that withstood; nan where none did."""
-        return over(self.seconds, int((self.tried & self.robust).sum()))
+        return over(self.seconds, int((self.tried & ~self.beaten).sum()))
 
 
 @dataclass(frozen=True)
@@ -192,13 +198,15 @@ class AccuracyCurve:
 
 @dataclass(frozen=True)
 class CertifiedShare:
-    """The share of samples that no l2 change up to a radius can make wrong.
+    """The share of samples that no change within a radius can make wrong.
 
     Attributes:
-        eps: the l2 radius.
-        accuracy: certified, of each sample's own radius at least eps.
+        norm: of the change.
+        eps: its radius.
+        accuracy: the share that is certified.
     """
 
+    norm: str
     eps: float
     accuracy: Share
 
@@ -211,8 +219,9 @@ class AttackReport:
         models: the model, and the reference if there is one.
         examples: adversarial examples of the first, kept for pictures.
         masking: whether its gradients are masked (`MaskingReport`); None: not asked for.
-        certificates: certified l2 radii of its samples (`Certificates`); None: not asked for.
-        certified: share of samples certified at each l2 radius; empty without certificates.
+        certificates: norm -> certified radii of its samples (`Certificates`); empty: not asked
+            for.
+        certified: share of samples certified at each radius; likewise.
         notes: what a reader must know.
         settings: what was asked for, by name.
     """
@@ -220,7 +229,7 @@ class AttackReport:
     models: tuple[AttackedModel, ...]
     examples: AdversarialExamples
     masking: Any = None
-    certificates: Any = None
+    certificates: Mapping[str, Any] = field(default_factory=dict)
     certified: tuple[CertifiedShare, ...] = ()
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -312,8 +321,11 @@ class AttackReport:
             told += "; differences sample by sample, of the worst case"
         lines = [told, *aligned(self.rows())]
         if self.certified:
-            parts = (f"{radius_text(c.eps, 'l2')}: {c.accuracy}" for c in self.certified)
-            lines.append(f"Certified accuracy, l2, in %: {', '.join(parts)}")
+            parts = (
+                f"{one.norm} {radius_text(one.eps, one.norm)}: {one.accuracy}"
+                for one in self.certified
+            )
+            lines.append(f"Certified accuracy in %: {', '.join(parts)}")
         if self.masking is not None:
             lines.append(str(self.masking))
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
