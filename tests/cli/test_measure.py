@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import flexure
-from flexure.cli.measure import _drawn
+from flexure.cli.chosen import drawn
 from tests.cli.commands import interrupted, run, written
 
 MODEL = """
@@ -198,7 +198,7 @@ def test_the_first_samples_are_of_all_classes(model: str, tmp_path: Path, capsys
         result = json.loads(text)["numbers"]["models"][0]["summaries"]["calibration"]["result"]
         labels.append(result["nll"])
     assert labels[0] == labels[2] != labels[1]
-    chosen, _ = _drawn(flexure.load_data(data[1]), None, 100, 0)
+    chosen, _ = drawn(flexure.load_data(data[1]), None, 100, 0)
     assert len(set(chosen.labels[:16].tolist())) > 5
 
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from torch import nn
 
+from flexure.cli.chosen import SPLITS, dials_of, drawn, numbers, output, side_by_side
 from flexure.cli.common import (
     AsJson,
     Device,
@@ -32,14 +27,12 @@ from flexure.cli.common import (
     users_code,
     working,
 )
-from flexure.contracts import BudgetError, FlexureError, LabelledData, LoadedModel
-from flexure.data import PreparedBatches, Subset, batches, load_data
+from flexure.contracts import BudgetError, FlexureError
+from flexure.data import batches, load_data
 from flexure.measure.robustness_of_gradients import RADII
-from flexure.methods.load import load_adapter
 from flexure.methods.measurements import NOISE_SAMPLES, RATE_SAMPLES, Measurements, measure_model
 from flexure.methods.measures import BOUND, MEASURES
-from flexure.methods.steer import steer as steer_model
-from flexure.record import check_writable, record, write_json
+from flexure.record import record, write_json
 
 __all__ = ["measure"]
 
@@ -47,7 +40,6 @@ _STORE = ".flexure-measure"  # in the output folder, while a measurement is unfi
 _ALL = (*MEASURES, BOUND)
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _MOST = 1_000_000_000
-_SPLITS = ("test", "validation", "train")  # the first that the data have
 
 
 def measure(
@@ -79,7 +71,7 @@ def measure(
     split: Annotated[
         str | None,
         typer.Option(
-            help=f"Split of the data; default: the first there is of {', '.join(_SPLITS)}."
+            help=f"Split of the data; default: the first there is of {', '.join(SPLITS)}."
         ),
     ] = None,
     samples: Annotated[
@@ -162,22 +154,22 @@ def measure(
     as_json: AsJson = False,
 ) -> None:
     """Measure the curvature of a network, or of two; write results and report."""
-    dials = None if steer is None else _dials(steer)
+    dials = None if steer is None else dials_of(steer)
     settings: dict[str, Any] = {
         "measures": [part.strip() for part in measures.split(",") if part.strip()],
         "rate_samples": rate_samples,
         "noise_samples": noise_samples,
         "tol": tol,
         "max_products": max_products,
-        "orders": _numbers("--orders", orders, int),
+        "orders": numbers("--orders", orders, int),
         "directions": directions,
         "normalization": normalization,
-        "radii": None if radii is None else _numbers("--radii", radii, float),
+        "radii": None if radii is None else numbers("--radii", radii, float),
         "memory": None if memory is None else _bytes(memory),
         "seed": seed,
     }
     with (
-        _output(out) as store,
+        output(out, _STORE) as store,
         working(store, "measurement", resume=resume),
         _budgeted(memory),
         users_code(),
@@ -185,13 +177,13 @@ def measure(
     ):
         loaded = load(model, device)
         other = None if against is None else load(against, device)
-        chosen, split = _drawn(load_data(data), split, samples, seed)
+        chosen, split = drawn(load_data(data), split, samples, seed)
         prepare = partial(batches, preprocess=loaded.preprocess, device=device, cache=True)
         given = prepare(chosen, batch_size=batch_size)
         for each in (loaded, other):
             if each is not None:
                 check_takes(each, given)
-        pair = _pair(loaded, other, dials, adapter, given)
+        pair = side_by_side(loaded, other, dials, adapter, given)
         found = measure_model(
             pair.model,
             given,
@@ -215,87 +207,6 @@ def measure(
         _print(found, out)
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """What is measured, and what it is compared with if anything."""
-
-    model: nn.Module
-    against: nn.Module | None
-    names: tuple[str, str]
-
-
-def _pair(
-    loaded: LoadedModel,
-    other: LoadedModel | None,
-    dials: tuple[float, float] | None,
-    adapter: Path | None,
-    given: PreparedBatches,
-) -> _Pair:
-    """The model as it was asked for, and the other one.
-
-    Raises:
-        FlexureError: no such dial, adapter, or sites; or both a dial and an adapter.
-    """
-    if dials is not None and adapter is not None:
-        raise FlexureError("expected --steer or --adapter, got both; choose one")
-    if other is not None and _described(loaded) != _described(other):
-        warnings.warn(
-            f"{other.address} has another preprocessing than {loaded.address}; both are given what "
-            f"{loaded.address} takes",
-            stacklevel=2,
-        )
-    model, name = loaded.model, "model"
-    second = None if other is None else other.model
-    second_name = "against"
-    if dials is not None:
-        beta, c = dials
-        if second is None:
-            second, second_name = deepcopy(model), "unsteered"
-        x, _ = next(iter(given))
-        steer_model(model, beta=beta, c=c, example=x[:2])
-        name = f"beta {beta:g}"
-    if adapter is not None:
-        load_adapter(model, adapter)
-        name = "adapted"
-    return _Pair(model, second, (name, second_name))
-
-
-def _described(loaded: LoadedModel) -> str:
-    """The preprocessing in words, without addresses in memory."""
-    return re.sub(r"0x[0-9a-f]+", "", repr(loaded.preprocess))
-
-
-def _drawn(
-    data: dict[str, LabelledData], wanted: str | None, samples: int, seed: int
-) -> tuple[LabelledData, str]:
-    """So many samples of a split, drawn without regard to their class, in a random order.
-
-    So that the first of them, which costly measures take, are such a draw too.
-    """
-    there = [name for name in _SPLITS if name in data]
-    name = there[0] if wanted is None else wanted
-    if name not in data:
-        raise FlexureError(f"expected --split among {', '.join(there)}, got {wanted!r}")
-    whole = data[name]
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(whole), generator=generator)[:samples]
-    return Subset(whole, rows), name
-
-
-def _dials(text: str) -> tuple[float, float]:
-    values = _numbers("--steer", text, float)
-    if len(values) > 2:
-        raise FlexureError(f"expected --steer like 0.8 or 0.8,0.5, got {text!r}")
-    return values[0], values[1] if len(values) > 1 else 0.5
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise FlexureError(f"expected {option} to be numbers with commas, got {text!r}") from None
-
-
 def _bytes(text: str) -> int:
     """`2GiB`, `500MiB`, or a number of bytes."""
     number = text.strip()
@@ -310,23 +221,6 @@ def _bytes(text: str) -> int:
     except ValueError:
         pass
     raise FlexureError(f"expected --memory like 2GiB or 500MiB, got {text!r}")
-
-
-@contextmanager
-def _output(out: Path) -> Iterator[Path]:
-    """The store in the output folder; after an error, no empty folder that was not there before.
-
-    Raises:
-        FlexureError: it is not a folder, or files cannot be written in it.
-    """
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        yield check_writable(out) / _STORE
-    except BaseException:
-        with suppress(OSError):  # not empty, and then its parents are not either
-            for folder in made:
-                folder.rmdir()
-        raise
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import typer
 from torch import nn
 
 from flexure.calling import seeded
+from flexure.cli.chosen import Space, described, space
 from flexure.cli.common import (
     AsJson,
     Device,
@@ -37,7 +38,7 @@ from flexure.methods.flat import DEFAULTS, RADII, train_flat
 from flexure.methods.flat_methods import METHODS, flat_methods
 from flexure.methods.flat_result import FlatTraining
 from flexure.methods.flat_task import OPTIMIZERS, Network
-from flexure.models import AsFloat, Preprocess, load_model
+from flexure.models import load_model
 from flexure.record import check_writable, record, write_json
 
 __all__ = ["train"]
@@ -141,15 +142,15 @@ def train(
     store = check_writable(out) / _STORE
     with working(store, "comparison", resume=resume), users_code(), resumable():
         start = _start(model, device, seed)
-        space = _space(start.loaded, load_data(data), sizes, device, seed)
+        parts = _parts(start.loaded, load_data(data), sizes, device, seed)
         found = train_flat(
             start.network,
-            train=space.train,
-            val=space.val,
-            test=space.test,
-            mean=space.mean,
-            std=space.std,
-            bounds=space.bounds,
+            train=parts.train,
+            val=parts.val,
+            test=parts.test,
+            mean=parts.space.mean,
+            std=parts.space.std,
+            bounds=parts.space.bounds,
             **settings,
             device=device,
             store=store,
@@ -158,7 +159,7 @@ def train(
         )
     config = {
         "model": model, "start": start.says, "data": data, **settings, "seeds": list(found.seeds),
-        "sizes": sizes, "split_seed": seed, "preprocess": _described(start.loaded),
+        "sizes": sizes, "split_seed": seed, "preprocess": described(start.loaded),
         "device": device,
     }  # fmt: skip
     payload = record(config=config, seed=seed, numbers=found.to_dict())
@@ -223,24 +224,22 @@ def _seeded(address: str, seed: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Space:
+class _Parts:
     """The data in the space where networks are trained and measured."""
 
     train: PreparedBatches
     val: PreparedBatches
     test: PreparedBatches
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    bounds: tuple[float, float] | None
+    space: Space
 
 
-def _space(
+def _parts(
     loaded: LoadedModel,
     data: dict[str, LabelledData],
     sizes: dict[str, int | None],
     device: str,
     seed: int,
-) -> _Space:
+) -> _Parts:
     """Images as pixels in [0, 1] where the model's normalisation is known; test data at random.
 
     Raises:
@@ -249,20 +248,12 @@ def _space(
     """
     given = {name: size for name, size in sizes.items() if size is not None}
     parts = split(data, seed=seed, sizes=given or None)
-    own = loaded.preprocess
-    images = parts.train[0].dtype == torch.uint8
-    prepare: Callable[[torch.Tensor], torch.Tensor] = own
-    mean = std = bounds = None
-    if images and isinstance(own, Preprocess):
-        mean, std = own.mean, own.std
-        prepare = replace(own, mean=(0.0,) * len(own.mean), std=(1.0,) * len(own.mean))
-    if images and isinstance(own, Preprocess | AsFloat):
-        bounds = (0.0, 1.0)
-    ready = partial(batches, preprocess=prepare, batch_size=_READ_BATCH, device=device)
+    own = space(loaded, parts.train)
+    ready = partial(batches, preprocess=own.prepare, batch_size=_READ_BATCH, device=device)
     check_takes(loaded, ready(parts.train))
     order = torch.randperm(len(parts.test), generator=torch.Generator().manual_seed(seed))
     test = ready(Subset(parts.test, order))
-    return _Space(ready(parts.train), ready(parts.val), test, mean, std, bounds)
+    return _Parts(ready(parts.train), ready(parts.val), test, own)
 
 
 def _strengths(texts: Sequence[str]) -> dict[str, float]:
@@ -297,10 +288,6 @@ def _augmentation(text: str) -> Augmentation:
             f"it out"
         )
     return Augmentation(flip="flip" in names, crop=Augmentation.crop if "crop" in names else 0)
-
-
-def _described(loaded: LoadedModel) -> str:
-    return re.sub(r"0x[0-9a-f]+", "", repr(loaded.preprocess))
 
 
 def _write_page(path: Path, found: FlatTraining, payload: dict[str, Any]) -> None:
