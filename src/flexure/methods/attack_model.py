@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from flexure.attacks.bounded import Bounded
 from flexure.attacks.catalogue import ATTACKS
 from flexure.attacks.checks import check_attack, check_seed
+from flexure.attacks.masking import masking_report
+from flexure.attacks.masking_result import MaskingReport
 from flexure.attacks.norms import check_eps, norm_named
 from flexure.contracts import Attack, Batches, DataError, FlexureError
+from flexure.measure.certificates import Certificates, certified_radius
 from flexure.methods.attack_model_bench import Bench, Task
 from flexure.methods.attack_model_result import AttackedModel, AttackReport, CertifiedShare
 from flexure.methods.attack_model_shares import share
@@ -29,10 +32,6 @@ from flexure.methods.features import device_of
 from flexure.methods.samples import read_samples
 from flexure.processes import current_processes
 from flexure.progress import Progress, ProgressReporter
-
-if TYPE_CHECKING:
-    from flexure.attacks.masking_result import MaskingReport
-    from flexure.measure.certificates import Certificates
 
 __all__ = ["PROTOCOLS", "RADII", "AttackReport", "attack_model"]
 
@@ -98,8 +97,8 @@ def attack_model(
         masking: whether to look for masked gradients (`masking_report`) too, at the radius whose
             robust accuracy is nearest to half of the clean one.
         source: the model that attacks are transferred from for that; None: the reference.
-        certify: whether to certify l2 radii too (`certified_radius`): the network's Lipschitz
-            constant must be bounded.
+        certify: whether to certify l2 radii too (`certified_radius`), at those of `eps`, or without
+            any at the usual ones: the network's Lipschitz constant must be bounded.
         keep: adversarial examples to keep for pictures.
         protocol: "standard", "published" (the evaluation of Curvature Tuning's code, in the space
             of normalised inputs: not an l_p robustness), or both.
@@ -143,7 +142,7 @@ def attack_model(
     )  # fmt: skip
     bounded = next(iter(models.values()))
     # First, because it is quick to refuse a network.
-    certificates = _certificates(bounded, x, y, eps, batch_size) if certify else {}
+    certificates = certified_radius(bounded, x, y, chunk=batch_size) if certify else None
     try:
         runs = (bench.attacked(place, *each) for place, each in enumerate(models.items()))
         found, kept = zip(*runs, strict=True)
@@ -165,11 +164,7 @@ def attack_model(
         kept[0],
         masking=judged,
         certificates=certificates,
-        certified=tuple(
-            CertifiedShare(norm, radius, share(found.certified(radius).cpu()))
-            for norm, found in certificates.items()
-            for radius in told["eps"][norm]
-        ),
+        certified=_certified(certificates, eps.get("l2", RADII["l2"])),
         notes=tuple(_notes(found, tasks)),
         settings=told,
     )
@@ -266,16 +261,14 @@ def _read(data: Batches | tuple[Tensor, Tensor], device: torch.device) -> tuple[
     return torch.cat([x.to(device) for x in parts]), samples.labels.to(device)
 
 
-def _certificates(
-    bounded: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    eps: Mapping[str, Sequence[float]],
-    batch_size: int | None,
-) -> dict[str, Certificates]:
-    from flexure.measure.certificates import certified_radius
-
-    return {norm: certified_radius(bounded, x, y, norm=norm, chunk=batch_size) for norm in eps}
+def _certified(
+    certificates: Certificates | None, radii: Sequence[float]
+) -> tuple[CertifiedShare, ...]:
+    if certificates is None:
+        return ()
+    return tuple(
+        CertifiedShare(eps, share(certificates.certified(eps).cpu())) for eps in sorted(set(radii))
+    )
 
 
 def _masking(
@@ -289,8 +282,6 @@ def _masking(
     batch_size: int | None,
 ) -> MaskingReport:
     """At the radius where attacks have something to find, and something to miss."""
-    from flexure.attacks.masking import masking_report
-
     half = found.clean_accuracy.value / 2
     at = min(found.at, key=lambda at: (at.protocol != "standard", abs(at.accuracy.value - half)))
     if source is not None and not isinstance(source, Bounded):

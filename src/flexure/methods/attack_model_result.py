@@ -198,15 +198,13 @@ class AccuracyCurve:
 
 @dataclass(frozen=True)
 class CertifiedShare:
-    """The share of samples that no change within a radius can make wrong.
+    """The share of samples that no l2 change up to a radius can make wrong.
 
     Attributes:
-        norm: of the change.
-        eps: its radius.
+        eps: the l2 radius.
         accuracy: the share that is certified.
     """
 
-    norm: str
     eps: float
     accuracy: Share
 
@@ -219,9 +217,8 @@ class AttackReport:
         models: the model, and the reference if there is one.
         examples: adversarial examples of the first, kept for pictures.
         masking: whether its gradients are masked (`MaskingReport`); None: not asked for.
-        certificates: norm -> certified radii of its samples (`Certificates`); empty: not asked
-            for.
-        certified: share of samples certified at each radius; likewise.
+        certificates: certified l2 radii of its samples (`Certificates`); None: not asked for.
+        certified: share of samples certified at each l2 radius; empty without certificates.
         notes: what a reader must know.
         settings: what was asked for, by name.
     """
@@ -229,7 +226,7 @@ class AttackReport:
     models: tuple[AttackedModel, ...]
     examples: AdversarialExamples
     masking: Any = None
-    certificates: Mapping[str, Any] = field(default_factory=dict)
+    certificates: Any = None
     certified: tuple[CertifiedShare, ...] = ()
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -321,11 +318,8 @@ class AttackReport:
             told += "; differences sample by sample, of the worst case"
         lines = [told, *aligned(self.rows())]
         if self.certified:
-            parts = (
-                f"{one.norm} {radius_text(one.eps, one.norm)}: {one.accuracy}"
-                for one in self.certified
-            )
-            lines.append(f"Certified accuracy in %: {', '.join(parts)}")
+            parts = (f"{radius_text(one.eps, 'l2')}: {one.accuracy}" for one in self.certified)
+            lines.append(f"Certified accuracy, l2, in %: {', '.join(parts)}")
         if self.masking is not None:
             lines.append(str(self.masking))
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
