@@ -40,6 +40,7 @@ __all__ = [
     "norm_of",
     "reaches",
     "rounding",
+    "transposed",
 ]
 
 WIDE: Any = {"dtype": torch.float64, "device": "cpu"}
@@ -56,6 +57,7 @@ class LinearMap:
     Args:
         magnitude: applies |T| to a non-negative tensor of `shape`.
         shape: of what it is applied to, with the batch dimension of 1.
+        signed: applies T itself; None: no entry of T is negative.
         squares: applies the map whose entries are the squares of (T/scale)'s; None: they are
             bounded by the largest entry times the entries.
         scale: a power of two near T's largest entry.
@@ -67,11 +69,12 @@ class LinearMap:
         magnitude: Callable[[Tensor], Tensor],
         shape: Sequence[int],
         *,
+        signed: Callable[[Tensor], Tensor] | None = None,
         squares: Callable[[Tensor], Tensor] | None = None,
         scale: float = 1.0,
         norm: Callable[[], float] | None = None,
     ) -> None:
-        self.magnitude = magnitude
+        self.magnitude, self.signed = magnitude, signed or magnitude
         self.shape = tuple(shape)
         self.squares = squares
         self.scale = scale
@@ -79,7 +82,7 @@ class LinearMap:
 
     def pulled(self, bounds: Tensor) -> Tensor:
         """|T|ᵀ of `(K, *output shape)`: `(K, *shape)`."""
-        return _transposed(self.magnitude, self.shape, bounds)
+        return transposed(self.magnitude, self.shape, bounds)
 
     @cached_property
     def row_sums(self) -> Tensor:
@@ -107,7 +110,7 @@ class LinearMap:
             squares, scale = self.column_sums, math.sqrt(self._largest)
         else:
             ones = torch.ones_like(self.row_sums)[None]
-            squares, scale = _transposed(self.squares, self.shape, ones)[0], self.scale
+            squares, scale = transposed(self.squares, self.shape, ones)[0], self.scale
         return self._root(squares, scale, self.column_sums)
 
     def _root(self, squares: Tensor, scale: float, sums: Tensor) -> Tensor:
@@ -152,7 +155,7 @@ class Selection(LinearMap):
 
     def pulled(self, bounds: Tensor) -> Tensor:
         """At least |T|ᵀ of `(K, *output shape)`, whatever T: `(K, *shape)`."""
-        return _transposed(self.sums, self.shape, bounds)
+        return transposed(self.sums, self.shape, bounds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,7 +359,7 @@ def _rows(bounds: Tensor) -> Tensor:
     return bounds[:, None].flatten(1)
 
 
-def _transposed(apply: Callable[[Tensor], Tensor], shape: Sequence[int], given: Tensor) -> Tensor:
+def transposed(apply: Callable[[Tensor], Tensor], shape: Sequence[int], given: Tensor) -> Tensor:
     """The transpose of a linear function of a tensor of `shape`, of each of K tensors."""
     zeros = torch.zeros(tuple(shape), **WIDE)
     pull: Any = torch.func.vjp(apply, zeros)[1]

@@ -153,6 +153,7 @@ def weighted(
     linear = LinearMap(
         lambda x: apply(x, size),
         signal.shape,
+        signed=lambda x: apply(x, weight),
         squares=lambda x: apply(x, square),
         scale=scale,
         norm=None if norm is None else lambda: norm(weight),

@@ -33,7 +33,7 @@ from flexure.measure.bound_rules import Graph, Signal, parents_of
 from flexure.measure.bound_trace import bounded
 from flexure.measure.propagate import carriers_in
 
-__all__ = ["LipschitzBound", "LipschitzStep", "lipschitz_bound"]
+__all__ = ["LipschitzBound", "LipschitzBounding", "LipschitzStep", "bound_at", "lipschitz_bound"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def lipschitz_bound(model: nn.Module, input_shape: Sequence[int]) -> LipschitzBo
         >>> round(lipschitz_bound(model, (2,)).value, 6)
         9.0
     """
-    return bounded(model, input_shape, LipschitzBounding, _bound)
+    return bounded(model, input_shape, LipschitzBounding, bound_at)
 
 
 class SlopeGraph(Graph):
@@ -178,7 +178,8 @@ _STEEP = (
 )
 
 
-def _bound(output: Signal) -> LipschitzBound:
+def bound_at(output: Signal) -> LipschitzBound:
+    """The bound, once the network's graph is known up to the node of its logits."""
     graph = output.graph
     needed = graph.needed(output.index)
     reach = reaches(graph.nodes, needed)
