@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from flexure import __version__
-from flexure.cli import demo, measure, sites, steer, train, tune
+from flexure.cli import attack, demo, measure, sites, steer, train, tune
 from flexure.cli.common import Unfinished
 from flexure.contracts import FlexureError
 
@@ -27,6 +27,7 @@ app.command()(steer.steer)
 app.command()(tune.tune)
 app.command()(train.train)
 app.command()(measure.measure)
+app.command()(attack.attack)
 app.command()(demo.demo)
 
 

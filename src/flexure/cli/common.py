@@ -44,12 +44,13 @@ __all__ = [
 _LOCK = "lock"
 
 # What runs write into the store in their output folder.
-_FOLDERS = ("*.adapter", "*.checkpoint")
-_WORK = ("*.safetensors", "*.checkpoint/*")
+_FOLDERS = ("*.adapter", "*.checkpoint", "*.attack")
+_WORK = ("*.safetensors", "*.checkpoint/*", "*.attack/*.safetensors")
 _OURS = (
     "*.safetensors", "fingerprint.json", ".*.safetensors.*.tmp", ".fingerprint.json.*.tmp",
     "*.adapter/adapter_config.json", "*.adapter/adapter_model.safetensors",
     "*.adapter/.*adapter_*", "*.checkpoint/state.safetensors", "*.checkpoint/.state*.tmp",
+    "*.attack/*.safetensors", "*.attack/fingerprint.json", "*.attack/.*.tmp",
 )  # fmt: skip
 
 

@@ -315,7 +315,10 @@ class AttackReport:
     def __str__(self) -> str:
         told = f"{self.samples} samples; accuracy in %, 95 % intervals over samples in brackets"
         if len(self.models) > 1:
-            told += "; differences sample by sample, of the worst case"
+            told += (
+                f"; differences sample by sample, of the worst case; what attacks did is told of "
+                f"{self.models[0].name}"
+            )
         lines = [told, *aligned(self.rows())]
         if self.certified:
             parts = (f"{radius_text(one.eps, 'l2')}: {one.accuracy}" for one in self.certified)
