@@ -92,7 +92,8 @@ class Harness:
                 f"expected finite logits at the given inputs, got others at sample {at}; mend the "
                 f"model or the inputs"
             )
-        return torch.stack([right.double(), margin(logits.double(), y)], 1).cpu()
+        margins = margin(logits.cpu().double(), y.cpu())
+        return torch.stack([right.cpu().double(), margins], 1)
 
     def attacked(
         self, attack: Attack, x: Tensor, y: Tensor, *, place: int, index: int, numbers: Tensor

@@ -23,7 +23,7 @@ from flexure.fingerprints import described, fingerprint, tensor_digest
 from flexure.record import versions
 from flexure.store import Store
 
-__all__ = ["KeptBatches", "histories", "identity"]
+__all__ = ["KeptBatches", "check_described", "histories", "identity", "key_of"]
 
 _SCORES = "scores"
 _LIBRARY = "pyautoattack"

@@ -1,0 +1,187 @@
+"""Resumed evaluations: to the bit those that were not interrupted, and nothing is done twice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from flexure.attacks import PGD, Bounded, robust_accuracy
+from flexure.contracts import FlexureError
+from tests.attacks import evaluations
+from tests.attacks.evaluations import (
+    STOP,
+    Draws,
+    Interrupted,
+    Moves,
+    Noisy,
+    evaluated,
+    network,
+    samples,
+    without_seconds,
+)
+
+ATTACKS = [Moves(1), Draws(), Moves(2), PGD("linf", steps=2)]
+
+
+@pytest.fixture(autouse=True)
+def _counted():
+    STOP.clear()
+    evaluations.SIZES.clear()
+    yield
+    STOP.clear()
+
+
+def interrupt(folder: Path, after: int, model: nn.Module, **settings) -> None:
+    STOP["after"] = after
+    with pytest.raises(Interrupted):
+        evaluated(model, resume=folder, **settings)
+    STOP.clear()
+    evaluations.SIZES.clear()
+
+
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("model", [network, Noisy])
+def test_interrupted_and_resumed_is_as_if_undisturbed(tmp_path, model, every: bool) -> None:
+    settings = {"attack": ATTACKS, "every": every}
+    expected = without_seconds(evaluated(model(), **settings))
+    sizes, total = list(evaluations.SIZES), len(evaluations.SIZES)
+    assert total > 5
+    for after in (0, 1, 4, total - 1):
+        folder = tmp_path / f"{after}"
+        interrupt(folder, after, model(), **settings)
+        torch.rand(after)
+        assert without_seconds(evaluated(model(), resume=folder, **settings)) == expected
+        assert sizes[after:] == evaluations.SIZES
+    evaluations.SIZES.clear()
+    again = evaluated(model(), resume=folder, **settings)
+    assert without_seconds(again) == expected
+    assert evaluations.SIZES == []
+    assert again.attacks[0].seconds > 0  # those that it took
+
+
+def test_attacks_can_be_added_and_the_order_counts(tmp_path) -> None:
+    evaluated(attack=[Moves(1)], resume=tmp_path)
+    first = len(evaluations.SIZES)
+    evaluations.SIZES.clear()
+    more = evaluated(attack=[Moves(1), Moves(2)], resume=tmp_path)
+    assert len(evaluations.SIZES) == -(-more.attacks[1].attacked // 7) < first
+    evaluations.SIZES.clear()
+    other = evaluated(attack=[Moves(2), Moves(1)], resume=tmp_path)
+    assert without_seconds(other) == without_seconds(evaluated(attack=[Moves(2), Moves(1)]))
+    evaluations.SIZES.clear()
+    evaluated(attack=[Moves(1), Moves(2)], every=True, resume=tmp_path)
+    assert len(evaluations.SIZES) == 2 * first
+    evaluations.SIZES.clear()
+    one = evaluated(attack=PGD("linf", steps=2), resume=tmp_path)
+    two = evaluated(attack=PGD("linf", steps=3), resume=tmp_path)
+    assert not torch.equal(one.x_adv, two.x_adv)
+
+
+def damaged(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def scrambled(path: Path) -> None:
+    """Inputs outside the ball, which the file's format does not tell."""
+    data = bytearray(path.read_bytes())
+    for start in range(len(data) - 7 * 40, len(data), 4):
+        data[start : start + 4] = b"\x00\x00\x80\x3f"
+    path.write_bytes(bytes(data))
+
+
+def of_another_batch(path: Path) -> None:
+    path.write_bytes(sorted(path.parent.glob("Moves-*.safetensors"))[0].read_bytes())
+
+
+@pytest.mark.parametrize("damage", [damaged, emptied, scrambled, of_another_batch])
+def test_a_damaged_file_counts_as_none(tmp_path, damage) -> None:
+    expected = without_seconds(evaluated(attack=ATTACKS, resume=tmp_path))
+    path = sorted(tmp_path.glob("Moves-*.safetensors"))[2]
+    evaluations.SIZES.clear()
+    damage(path)
+    assert without_seconds(evaluated(attack=ATTACKS, resume=tmp_path)) == expected
+    assert len(evaluations.SIZES) == 1
+    for path in tmp_path.glob("*.safetensors"):
+        emptied(path)
+    assert without_seconds(evaluated(attack=ATTACKS, resume=tmp_path)) == expected
+
+
+def test_other_work_is_refused(tmp_path) -> None:
+    (x, y), attack = samples(), Moves(1)
+    given = {"attack": attack, "eps": 0.1, "seed": 3, "batch_size": 7}
+    robust_accuracy(Bounded(network()), x, y, resume=tmp_path, **given)
+    other = network()
+    with torch.no_grad():
+        other[0].weight[0, 0] += 1e-3
+    moved = x.clone()
+    moved[3, 3] = 0.5
+    for model, inputs, labels, settings, word in (
+        (other, x, y, {}, "model"),
+        (nn.Sequential(network()), x, y, {}, "model"),
+        (network(), moved, y, {}, "inputs"),
+        (network(), x[:39], y[:39], {}, "inputs, labels"),
+        (network(), x, y.roll(1), {}, "labels"),
+        (network(), x, y, {"eps": 0.2}, r"eps \(0.1 there, 0.2 here\)"),
+        (network(), x, y, {"seed": 4}, "seed"),
+        (network(), x, y, {"batch_size": 8}, "batch size"),
+        (network(), x, y, {"attack": Moves(1, norm="l2")}, "norm"),
+    ):
+        with pytest.raises(FlexureError, match=f"of this evaluation, got .* another {word}"):
+            robust_accuracy(Bounded(model), inputs, labels, resume=tmp_path, **(given | settings))
+    with pytest.raises(FlexureError, match="another model, bounds"):
+        robust_accuracy(Bounded(network(), bounds=(0, 2)), x, y, resume=tmp_path, **given)
+
+
+def test_what_weights_do_not_show_is_told_by_the_scores(tmp_path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.inner, self.factor = network(), factor
+
+        def forward(self, x):
+            return self.inner(x) * self.factor
+
+    evaluated(Scaled(1.0), resume=tmp_path)
+    evaluated(Scaled(1.0 + 1e-6), resume=tmp_path)  # no more than rounding
+    with pytest.raises(FlexureError, match="one of the same weights with other logits"):
+        evaluated(Scaled(1.01), resume=tmp_path)
+
+
+def test_attacks_of_unknown_settings_are_not_resumed(tmp_path) -> None:
+    class Bare:
+        norm = "linf"
+
+        def run(self, model, x, y, *, eps, generator):
+            return x
+
+    assert evaluated(attack=Bare()).names == ("Bare",)
+    with pytest.raises(FlexureError, match=r"attacks that are dataclasses .* make Bare a frozen"):
+        evaluated(attack=Bare(), resume=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(FlexureError, match="expected a folder that can be written"):
+        evaluated(resume=tmp_path / "file")
+
+
+def test_attacks_that_hold_models_are_told_apart_by_their_weights(tmp_path) -> None:
+    @dataclass(frozen=True)
+    class Transferred:
+        source: nn.Module
+        norm: str = "linf"
+
+        def run(self, model, x, y, *, eps, generator):
+            return PGD("linf", steps=2).run(self.source, x, y, eps=eps, generator=generator)
+
+    other = network()
+    with torch.no_grad():
+        other[0].weight.neg_()
+    found = [evaluated(attack=Transferred(m), resume=tmp_path) for m in (network(), other)]
+    assert not torch.equal(found[0].x_adv, found[1].x_adv)
+    assert len(list(tmp_path.glob("Transferred-*"))) == 10

@@ -1,0 +1,79 @@
+"""Digests: the same for the same, in another process too; another for anything else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from flexure.fingerprints import described, fingerprint, tensor_digest
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int = 3
+    inner: object = None
+
+
+@dataclass(frozen=True)
+class Others:
+    steps: int = 3
+    inner: object = None
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+
+def test_settings_are_told_apart() -> None:
+    values = [
+        Settings(), Settings(4), Settings(inner=Settings()), Others(), (1, 2), (1, (2,)), {"a": 1},
+        {"b": 1}, Settings(inner=model()), Settings(inner=torch.zeros(2)), "1", 1,
+        Settings(inner=torch.zeros(2, 1)), Settings(inner=torch.ones(2)), [Settings(4)],
+    ]  # fmt: skip
+    texts = [described(value) for value in values]
+    assert len(set(texts)) == len(values)
+    assert described(Settings(inner=model())) == described(Settings(inner=model()))
+    assert described([object()]) == described([object()])  # not by where they are
+    assert described(Settings) != described(Settings())
+
+
+@pytest.mark.parametrize("change", ["weight", "buffer", "layer", "name"])
+def test_models_are_told_apart(change: str) -> None:
+    other = model()
+    if change == "weight":
+        other[0].weight.data[0, 0] += 1e-6
+    elif change == "buffer":
+        other[1].running_mean[0] = 1e-9
+    elif change == "layer":
+        other[1].eps = 1e-3
+    else:
+        other = nn.Sequential(*model().children(), nn.Identity())
+    assert fingerprint(other) != fingerprint(model())
+    assert fingerprint(model().eval()) == fingerprint(model().train())
+
+
+def test_tensors_are_told_apart() -> None:
+    tensors = [
+        torch.zeros(4), torch.zeros(2, 2), torch.zeros(4).double(), torch.tensor([0.0, 0, 0, -0.0]),
+        torch.zeros(0), torch.zeros(4).half(), torch.zeros(4, dtype=torch.bfloat16),
+    ]  # fmt: skip
+    assert len({tensor_digest(each) for each in tensors}) == len(tensors)
+    across = torch.arange(6.0).view(2, 3).T
+    assert tensor_digest(across) == tensor_digest(across.contiguous())
+
+
+def test_another_run_of_python_gives_the_same() -> None:
+    code = (
+        "import torch; from flexure.fingerprints import described; "
+        "print(described([{'b': torch.arange(3)}, torch.nn.ReLU(), 'x']))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert run.stdout.strip() == described([{"b": torch.arange(3)}, nn.ReLU(), "x"])
