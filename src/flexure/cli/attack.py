@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from flexure.cli.common import (
     users_code,
     working,
 )
-from flexure.contracts import FlexureError
+from flexure.contracts import FlexureError, LoadedModel
 from flexure.data import batches, load_data
 from flexure.methods.attack_model import PROTOCOLS, RADII, attack_model
 from flexure.methods.attack_model_result import AttackReport, radius_text
