@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from flexure.contracts import AddressError, FlexureError, LoadedModel, MissingExtraError
 from flexure.data import batches, load_data
-from flexure.models import CATALOGUE, CIFAR, AsFloat, CifarResNet, load_model
+from flexure.models import CATALOGUE, CIFAR, AsFloat, CifarResNet, Preprocess, load_model
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 
@@ -112,6 +113,50 @@ def make_torchvision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "torchvision:net18"
 
 
+class RobustDataset(Enum):
+    cifar_10 = "cifar10"
+    imagenet = "imagenet"
+
+
+class RobustThreat(Enum):
+    Linf = "Linf"
+    L2 = "L2"
+
+
+def make_robustbench(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A stand-in with the two functions that are called, writing where the library would."""
+
+    def load_model(
+        model_name: str,
+        model_dir: Path = Path("models"),
+        dataset: RobustDataset = RobustDataset.cifar_10,
+        threat_model: RobustThreat = RobustThreat.Linf,
+    ) -> nn.Module:
+        found = {"Carmon2019Unlabeled": FakeNet}[model_name]().train()
+        kept = model_dir / RobustDataset(dataset).value / RobustThreat(threat_model).value
+        kept.mkdir(parents=True, exist_ok=True)
+        (kept / f"{model_name}.pt").touch()
+        return found
+
+    def get_preprocessing(
+        dataset: RobustDataset, threat_model: RobustThreat, model_name: str, preprocessing: None
+    ) -> FakeTransform:
+        assert dataset is RobustDataset.imagenet
+        assert preprocessing is None
+        return FakeTransform(12)
+
+    names = ("robustbench", *(f"robustbench.{n}" for n in ("utils", "data", "model_zoo")))
+    made = {name: ModuleType(name) for name in (*names, "robustbench.model_zoo.enums")}
+    made["robustbench.utils"].load_model = load_model
+    made["robustbench.data"].get_preprocessing = get_preprocessing
+    enums = made["robustbench.model_zoo.enums"]
+    enums.BenchmarkDataset, enums.ThreatModel = RobustDataset, RobustThreat
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(folder / "hub"))
+    return "robustbench:Carmon2019Unlabeled"
+
+
 def make_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (folder / "net.py").write_text(
         "from torch import nn\n"
@@ -130,6 +175,7 @@ MAKERS: dict[str, Callable[[Path, pytest.MonkeyPatch], str]] = {
     "hf": make_hub,
     "timm": make_timm,
     "torchvision": make_torchvision,
+    "robustbench": make_robustbench,
     "file": make_file,
 }
 
@@ -170,7 +216,7 @@ def test_any_image_fits(prefix: str, tmp_path: Path, monkeypatch) -> None:
     assert len(shapes) == 1
 
 
-@pytest.mark.parametrize("prefix", ["flexure", "timm", "torchvision", "file"])
+@pytest.mark.parametrize("prefix", ["flexure", "timm", "torchvision", "robustbench", "file"])
 def test_unknown_name(prefix: str, tmp_path: Path, monkeypatch) -> None:
     MAKERS[prefix](tmp_path, monkeypatch)
     with pytest.raises(AddressError, match="absent"):
@@ -189,6 +235,7 @@ def test_unknown_prefix_lists_all_rows() -> None:
         ("hf:some/model", "transformers", r"pip install 'flexure\[hf\]'"),
         ("timm:resnet18", "timm", r"pip install 'flexure\[timm\]'"),
         ("torchvision:resnet18", "torchvision", "pip install torchvision"),
+        ("robustbench:Standard", "robustbench", "then pip install robustbench"),
     ],
 )
 def test_missing_library(address: str, module: str, install: str, monkeypatch) -> None:
@@ -323,11 +370,43 @@ def test_hub_refuses_pickled_weights_and_empty_folders(tmp_path: Path, monkeypat
         load_model(f"hf:{tmp_path / 'empty'}")
 
 
-# timm:, torchvision:
+# timm:, torchvision:, robustbench:
 
 
 def test_timm_names_its_head(tmp_path: Path, monkeypatch) -> None:
     assert load_model(make_timm(tmp_path, monkeypatch)).head == "top.1"
+
+
+def test_robust_models_take_pixels(tmp_path: Path, monkeypatch) -> None:
+    """Scaled to [0, 1] and not normalised: that is inside of them."""
+    loaded = load_model(make_robustbench(tmp_path, monkeypatch))
+    x = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(loaded.preprocess(x), x / 255)
+    assert isinstance(loaded.preprocess, Preprocess)  # its space is known to be that of pixels
+    kept = tmp_path / "hub" / "robustbench" / "cifar10" / "Linf" / "Carmon2019Unlabeled.pt"
+    assert kept.is_file()
+
+
+def test_robust_models_by_data_set_norm_and_folder(tmp_path: Path, monkeypatch) -> None:
+    address = make_robustbench(tmp_path, monkeypatch)
+    loaded = load_model(f"{address}?dataset=imagenet&threat=L2&folder={tmp_path / 'zoo'}")
+    assert (tmp_path / "zoo" / "imagenet" / "L2" / "Carmon2019Unlabeled.pt").is_file()
+    assert loaded.preprocess(torch.zeros(3, 40, 50, dtype=torch.uint8)).shape == (3, 12, 12)
+    assert loaded.address.endswith(f"folder={tmp_path / 'zoo'}")
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("?dataset=mnist", "'mnist' is not a valid"),
+        ("?threat=l2", "'l2' is not a valid"),
+        ("?norm=L2", r"dataset=\.\.\., threat=\.\.\., folder=\.\.\."),
+    ],
+)
+def test_robust_models_that_are_none(query: str, message: str, tmp_path: Path, monkeypatch) -> None:
+    address = make_robustbench(tmp_path, monkeypatch)
+    with pytest.raises(AddressError, match=message):
+        load_model(address + query)
 
 
 # file.py:factory

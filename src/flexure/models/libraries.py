@@ -1,19 +1,22 @@
-"""Pretrained models of other libraries: transformers, timm, torchvision.
+"""Pretrained models of other libraries: transformers, timm, torchvision, RobustBench.
 
 Each library is imported when its address is used. Our own models and files are read by `sources`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from flexure.addresses import first_line, import_extra
+from flexure.addresses import first_line, import_extra, split_options
 from flexure.contracts import AddressError, LoadedModel
-from flexure.models.preprocess import PilPreprocess, ProcessorPreprocess
+from flexure.models.preprocess import PilPreprocess, Preprocess, ProcessorPreprocess
 
-__all__ = ["load_timm", "load_torchvision", "load_transformers"]
+__all__ = ["load_robustbench", "load_timm", "load_torchvision", "load_transformers"]
 
 
 def load_transformers(rest: str) -> LoadedModel:
@@ -79,6 +82,47 @@ def load_torchvision(rest: str) -> LoadedModel:
     except Exception as error:  # the library raises many unrelated types for a wrong name
         raise _not_loaded("torchvision", rest, error) from error
     return LoadedModel(model.eval(), PilPreprocess(transform), f"torchvision:{rest}")
+
+
+def load_robustbench(rest: str) -> LoadedModel:
+    """`robustbench:NAME?dataset=cifar10&threat=Linf`: a model of RobustBench's zoo.
+
+    The models take pixels in [0, 1] and normalise them themselves, so that the preprocessing only
+    sizes and scales images, and `flexure.Bounded` needs no statistics.
+
+    Options: `dataset` (cifar10, cifar100, imagenet), `threat` (Linf, L2, corruptions): the zoo's
+    folder of the name, the norm that it was made robust in; `folder`, where downloaded weights are
+    kept (RobustBench's own default is `models` in the working directory), by default
+    `robustbench` beside what `torch.hub` downloads. RobustBench reads its files by `torch.load`,
+    which since torch 2.6 builds tensors alone.
+
+    Raises:
+        MissingExtraError: robustbench is not installed, or its torchvision does not fit the torch.
+        AddressError: the model cannot be loaded.
+    """
+    name, options = split_options(rest, known=("dataset", "threat", "folder"))
+    dataset, threat = options.get("dataset", "cifar10"), options.get("threat", "Linf")
+    default = Path(torch.hub.get_dir()) / "robustbench"
+    folder = Path(options.get("folder", default)).expanduser()
+    install = (
+        "pip install torchvision from the same index as the installed torch, then pip install "
+        "robustbench"
+    )
+    utils = import_extra("robustbench.utils", install=install)
+    enums = import_extra("robustbench.model_zoo.enums", install=install)
+    data = import_extra("robustbench.data", install=install)
+    try:
+        kind, norm = enums.BenchmarkDataset(dataset), enums.ThreatModel(threat)
+        model = utils.load_model(name, model_dir=folder, dataset=kind, threat_model=norm)
+        preprocess: Callable[[Tensor], Tensor] = _CIFAR_PIXELS
+        if kind is enums.BenchmarkDataset.imagenet:
+            preprocess = PilPreprocess(data.get_preprocessing(kind, norm, name, None))
+    except Exception as error:  # the library raises many unrelated types for a wrong name
+        raise _not_loaded("robustbench", rest, error) from error
+    return LoadedModel(model.eval(), preprocess, f"robustbench:{rest}")
+
+
+_CIFAR_PIXELS = Preprocess(size=(32, 32), mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
 def _not_loaded(library: str, rest: str, error: Exception) -> AddressError:

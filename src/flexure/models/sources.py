@@ -20,7 +20,12 @@ from torch import nn
 
 from flexure.addresses import existing_path, first_line, look_up
 from flexure.contracts import AddressError, FlexureError, LoadedModel, ModelLoader
-from flexure.models.libraries import load_timm, load_torchvision, load_transformers
+from flexure.models.libraries import (
+    load_robustbench,
+    load_timm,
+    load_torchvision,
+    load_transformers,
+)
 from flexure.models.own import load_own
 from flexure.models.preprocess import AsFloat
 
@@ -32,8 +37,9 @@ def load_model(address: str) -> LoadedModel:
 
     Args:
         address: `flexure:resnet20?weights=FILE` or another of `flexure.models.NETWORKS`,
-            `hf:NAME_OR_DIR`, `timm:NAME`, `torchvision:NAME` or `FILE.py:factory`. A Python file
-            is executed; weights are never unpickled.
+            `hf:NAME_OR_DIR`, `timm:NAME`, `torchvision:NAME`,
+            `robustbench:NAME?dataset=cifar10&threat=Linf` or `FILE.py:factory`. A Python file is
+            executed; weights are never unpickled.
 
     Raises:
         AddressError: the address cannot be resolved.
@@ -80,6 +86,7 @@ CATALOGUE: Mapping[str, ModelLoader] = {
     "hf": load_transformers,
     "timm": load_timm,
     "torchvision": load_torchvision,
+    "robustbench": load_robustbench,
     "file": _load_file,
 }
 """Address prefix -> loader (`file:` may be left out). A new source is one function and one row."""
