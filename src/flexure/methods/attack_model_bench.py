@@ -28,9 +28,6 @@ from flexure.progress import ProgressReporter
 
 __all__ = ["Bench", "Task"]
 
-_NOTHING = ""
-"""Stands for no attack among their names: what is wrong as it is."""
-
 
 @dataclass(frozen=True)
 class Task:
@@ -124,9 +121,10 @@ class Bench:
         kept: list[_Kept] = []
         for task in self._tasks:
             run = _Run(f"{place}-{task.protocol}-{task.norm}", name, model, task, clean)
-            beaten = {_NOTHING: ~clean}
+            left, beaten = clean, dict[str, Tensor]()
             for eps in task.radii:
-                found, adversarial = self._radius(run, eps, beaten)
+                found, adversarial = self._radius(run, eps, left, beaten)
+                left = found.robust if task.carries else clean
                 at.append(found)
                 kept += adversarial
         return AttackedModel(name, clean, tuple(at)), self._examples(model, kept)
@@ -140,19 +138,21 @@ class Bench:
         return found.clean.cpu()
 
     def _radius(
-        self, run: _Run, eps: float, beaten: dict[str, Tensor]
+        self, run: _Run, eps: float, left: Tensor, beaten: dict[str, Tensor]
     ) -> tuple[AttackedAt, list[_Kept]]:
-        """All attacks at one radius; `beaten` by each attack so far is brought up to date."""
+        """All attacks at one radius, on those that are left.
+
+        What each attack alone has `beaten` is brought up to date.
+        """
         task, clean = run.task, run.clean
-        known = torch.stack(list(beaten.values())).any(0) if task.carries else ~clean
-        rows = (clean if self._every else ~known).nonzero().flatten()
-        carried = int((clean & known).sum())
+        rows = (clean if self._every else left).nonzero().flatten()
+        carried = int((clean & ~left).sum())
         if not len(rows):
-            return AttackedAt(task.norm, eps, ~known, (), carried, task.protocol), []
+            return AttackedAt(task.norm, eps, left, (), carried, task.protocol), []
         found = self._evaluated(run, eps, rows)
-        stages = self._stages(found, task, rows, known, beaten)
+        stages = self._stages(run, found, rows, left, beaten)
         robust = stages[-1].robust
-        kept = self._kept(found, rows, stages, known, task, eps)
+        kept = self._kept(found, rows, stages, left, task, eps)
         return AttackedAt(task.norm, eps, robust, stages, carried, task.protocol), kept
 
     def _evaluated(self, run: _Run, eps: float, rows: Tensor) -> Robustness:
@@ -175,27 +175,26 @@ class Bench:
 
     def _stages(
         self,
+        run: _Run,
         found: Robustness,
-        task: Task,
         rows: Tensor,
-        known: Tensor,
+        left: Tensor,
         beaten: dict[str, Tensor],
     ) -> tuple[AttackStage, ...]:
         """What each attack did, on the places of all samples."""
         stages = []
-        nobody = torch.zeros_like(known)
-        lost = known.clone()
-        lost[rows] |= ~found.clean.cpu()  # of a random network: right before, wrong now
+        nobody = torch.zeros_like(left)
+        robust = left.clone()
+        robust[rows] &= found.clean.cpu()  # of a random network: right before, wrong now
         for one in found.attacks:
             tried, here = nobody.clone(), nobody.clone()
             tried[rows], here[rows] = one.tried.cpu(), one.beaten.cpu()
-            lost = lost | here
-            own = here | (beaten.get(one.name, nobody) if task.carries else nobody)
-            beaten[one.name] = own
-            alone = ~own & ~beaten[_NOTHING] if self._every else None
-            stages.append(
-                AttackStage(one.name, ~lost, tried, here, one.seconds, alone, one.warnings)
-            )
+            robust = robust & ~here
+            before = beaten.get(one.name, nobody) if run.task.carries else nobody
+            beaten[one.name] = here | before
+            alone = run.clean & ~beaten[one.name] if self._every else None
+            told = (one.seconds, alone, one.warnings)
+            stages.append(AttackStage(one.name, robust, tried, here, *told))
         return tuple(stages)
 
     def _kept(
@@ -203,14 +202,14 @@ class Bench:
         found: Robustness,
         rows: Tensor,
         stages: Sequence[AttackStage],
-        known: Tensor,
+        left: Tensor,
         task: Task,
         eps: float,
     ) -> list[_Kept]:
         """The first adversarial versions that are new at this radius."""
         if not task.carries:
             return []
-        beaten = torch.stack([stage.beaten for stage in stages]).any(0) & ~known
+        beaten = torch.stack([stage.beaten for stage in stages]).any(0) & left
         chosen = beaten[rows].nonzero().flatten()[: self._keep]
         by = tuple(
             next(stage.name for stage in stages if bool(stage.beaten[row]))
