@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from flexure.contracts import FlexureError, LabelledData, LoadedModel
 from flexure.data import PreparedBatches, Subset
 from flexure.methods.load import load_adapter
 from flexure.methods.steer import steer as steer_model
-from flexure.models import AsFloat, Preprocess
+from flexure.models.pixels import in_pixels
 from flexure.record import check_writable
 
 __all__ = [
@@ -176,11 +176,7 @@ class Space:
 
 def space(loaded: LoadedModel, data: LabelledData) -> Space:
     """Pixels in [0, 1] for images where the model's normalisation is known, else its own inputs."""
-    own = loaded.preprocess
-    if data[0].dtype != torch.uint8 or not isinstance(own, Preprocess | AsFloat):
-        return Space(own)
-    if isinstance(own, AsFloat):
-        return Space(own, bounds=(0.0, 1.0))
-    count = len(own.mean)
-    pixels = replace(own, mean=(0.0,) * count, std=(1.0,) * count)
-    return Space(pixels, own.mean, own.std, (0.0, 1.0))
+    pixels = in_pixels(loaded.preprocess) if data[0].dtype == torch.uint8 else None
+    if pixels is None:
+        return Space(loaded.preprocess)
+    return Space(pixels.prepare, pixels.mean, pixels.std, (0.0, 1.0))
