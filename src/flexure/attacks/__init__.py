@@ -3,6 +3,17 @@
 from flexure.attacks.adversarial import Adversarial
 from flexure.attacks.bounded import Bounded
 from flexure.attacks.evaluate import AttackResult, Robustness, robust_accuracy
+from flexure.attacks.library import APGD, FAB, Square
 from flexure.attacks.pgd import PGD
 
-__all__ = ["PGD", "Adversarial", "AttackResult", "Bounded", "Robustness", "robust_accuracy"]
+__all__ = [
+    "APGD",
+    "FAB",
+    "PGD",
+    "Adversarial",
+    "AttackResult",
+    "Bounded",
+    "Robustness",
+    "Square",
+    "robust_accuracy",
+]
