@@ -21,6 +21,12 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 _ICE = np.array([0.84, 0.93, 1.0])
 """Red, green and blue of the brightest frost."""
 
+_DIRECTIONS = 8
+"""Of frost needles: enough to look like none is preferred."""
+
+_FROST_DECAY = 1.75
+"""Of the clouds below frost needles: that of the densest small fog."""
+
 
 def snow(
     x: np.ndarray[Any, Any],
@@ -66,23 +72,21 @@ def frost(
 
 
 def frost_texture(height: int, width: int, draw: Generator) -> np.ndarray[Any, Any]:
-    """Bright bent needles on a cloudy ground, `(height, width)` in [0, 1].
+    """Straight bright needles in all directions on a cloudy ground, `(height, width)` in [0, 1].
 
-    The needles are where one of several smooth random fields crosses zero: exp(-(f/w)²), each
-    field finer and fainter than the one before. A substitute for photographs of frost.
+    A substitute for photographs of frost. Needles grow from seeds scattered at random, in
+    directions drawn once an image, and fade along their length; where clouds are dark there are
+    fewer of them.
     """
-    from scipy import ndimage
-
     side = max(height, width)
-    ground = clouds(side, 2.0, draw)[:height, :width]
-    needles = np.zeros((height, width))
-    for octave in range(3):
-        scale = side / (8 * 2**octave)
-        noise = draw.normal(size=(height, width))
-        field = ndimage.gaussian_filter(noise, scale, mode="wrap")
-        field /= field.std() + np.finfo(float).tiny
-        needles = np.maximum(needles, 0.8**octave * np.exp(-((field / 0.25) ** 2)))
-    return np.asarray(0.35 * ground + 0.65 * needles * (0.4 + 0.6 * ground))
+    ground = clouds(side, _FROST_DECAY, draw)[:height, :width]
+    length = max(side // 10, 2)
+    needles = np.zeros((height, width, 1))
+    for angle in draw.uniform(0, 360, size=_DIRECTIONS):
+        seeds = draw.random((height, width, 1)) < ground[..., None] / (_DIRECTIONS * length / 2)
+        grown = along_a_line(seeds.astype(np.float64), length, length / 2, angle)
+        needles = np.maximum(needles, grown / max(grown.max(), np.finfo(float).tiny))
+    return np.asarray(0.5 * ground + 0.5 * needles[..., 0])
 
 
 def fog(
@@ -134,7 +138,7 @@ def brightness(x: np.ndarray[Any, Any], draw: Generator, added: float) -> np.nda
     value = x.max(axis=2, keepdims=True)
     more = np.minimum(value + added, 1)
     scale = np.divide(more, value, out=np.ones_like(value), where=value > 0)
-    return np.where(value > 0, x * scale, more)
+    return np.asarray(np.where(value > 0, x * scale, more))
 
 
 def _grey(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

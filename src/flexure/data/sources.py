@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flexure.addresses import existing_path, first_line, look_up
 from flexure.contracts import AddressError, DataError, DataLoader, LabelledData
+from flexure.data.corrupted_files import OFFICIAL
 from flexure.data.generated import GENERATED, load_generated
 from flexure.data.images import SPLIT_NAMES, load_folder, load_hub
 from flexure.data.labelled import (
@@ -39,8 +40,9 @@ def load_data(address: str) -> dict[str, LabelledData]:
     """The labelled data behind an address, as named splits.
 
     Args:
-        address: `sklearn:digits`, `sklearn:moons?noise=0.1`, `npz:FILE`, `idx:DIR`, `folder:DIR`
-            or `hf:NAME[:config]`.
+        address: `sklearn:digits`, `sklearn:moons?noise=0.1`, `npz:FILE`, `idx:DIR`, `folder:DIR`,
+            `hf:NAME[:config]`, or corrupted images, `cifar10-c:DIR?corruption=fog&severity=3`
+            (`cifar100-c:`, `imagenet-c:`).
 
     Returns:
         Always `"train"`, and `"validation"` and `"test"` where the source has them.
@@ -145,6 +147,7 @@ CATALOGUE: Mapping[str, DataLoader] = {
     "idx": _load_idx,
     "folder": load_folder,
     "hf": load_hub,
+    **OFFICIAL,
 }
 """Address prefix -> loader. A new source is one function and one row."""
 
