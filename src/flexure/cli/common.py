@@ -43,14 +43,12 @@ __all__ = [
 
 _LOCK = "lock"
 
-# What runs write into the store in their output folder.
-_FOLDERS = ("*.adapter", "*.checkpoint", "*.attack")
-_WORK = ("*.safetensors", "*.checkpoint/*", "*.attack/*.safetensors")
+# What runs write into the store in their output folder, and into folders in there.
+_WORK = ("**/*.safetensors", "*.checkpoint/*")
 _OURS = (
-    "*.safetensors", "fingerprint.json", ".*.safetensors.*.tmp", ".fingerprint.json.*.tmp",
-    "*.adapter/adapter_config.json", "*.adapter/adapter_model.safetensors",
-    "*.adapter/.*adapter_*", "*.checkpoint/state.safetensors", "*.checkpoint/.state*.tmp",
-    "*.attack/*.safetensors", "*.attack/fingerprint.json", "*.attack/.*.tmp",
+    "**/*.safetensors", "**/fingerprint.json", "**/.*.safetensors.*.tmp",
+    "**/.fingerprint.json.*.tmp", "*.adapter/adapter_config.json", "*.adapter/.*adapter_*",
+    "*.checkpoint/.state*.tmp",
 )  # fmt: skip
 
 
@@ -182,12 +180,14 @@ def begin(store: Path, what: str) -> None:
 
 def discard(store: Path) -> None:
     """Deletes what a run wrote into its store; anything else in there stays, and it with it."""
-    for path in (path for pattern in _OURS for path in store.glob(pattern)):
+    folders = {store}
+    for path in [path for pattern in _OURS for path in store.glob(pattern)]:
         path.unlink(missing_ok=True)
-    folders = (path for pattern in _FOLDERS for path in store.glob(pattern))
-    for folder in (*folders, store):
-        with suppress(OSError):  # missing, or not empty
-            folder.rmdir()
+        folders.update(path.parents)
+    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+        if folder.is_relative_to(store):
+            with suppress(OSError):  # missing, or not empty
+                folder.rmdir()
 
 
 def load(address: str, device: str) -> LoadedModel:
