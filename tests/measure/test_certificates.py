@@ -272,6 +272,10 @@ def test_what_rounding_hides_is_not_certified() -> None:
     found = certified_radius(model, x, torch.zeros(2, dtype=torch.long))
     assert found.radius[0] == 0.0
     assert 0.99e4 < found.radius[1] < 1e4
+    # A tie in float32, where the first class comes first; -3 in float64.
+    tie = certified_radius(model, -x[:1], torch.zeros(1, dtype=torch.long))
+    assert model(-x[:1]).argmax(1).item() == 0
+    assert not tie.correct.item()
 
 
 def test_logits_that_are_not_finite_are_told() -> None:

@@ -143,6 +143,24 @@ def test_two_layers_by_hand() -> None:
     assert set(smaller) == {True, False}
 
 
+@pytest.mark.parametrize("pool", [nn.MaxPool1d(2), lambda a: a.unflatten(1, (2, 2)).amax(2)])
+def test_maxima_are_no_linear_maps(pool: Callable[[Tensor], Tensor]) -> None:
+    """At a tie the first element, or a mean, is the gradient; elsewhere it is another."""
+    model = Smallest(pool)
+    with torch.no_grad():
+        model.rows.weight.copy_(torch.tensor([[0.0, 0], [8, 0], [0, 0], [0, 6]]))
+    assert 10.0 <= bounds(model, (2,))[0, 1] * ROUNDING < 20
+
+
+class Smallest(nn.Module):
+    def __init__(self, pool: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.rows, self.pool = nn.Linear(2, 4).double(), pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.rows(x))
+
+
 def test_sharper_than_those_of_all_logits() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 10)).double()

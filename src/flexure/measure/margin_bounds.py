@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,7 @@ def _bounds(output: Signal) -> MarginBounds:
     logits = bound_at(output).value
     head = _Head.before(output)
 
+    @cache  # every chunk of the samples asks for its labels
     def of_label(label: int) -> Tensor:
         found = head.differences(label).clamp(max=math.sqrt(2.0) * logits)
         found[label] = 0.0
