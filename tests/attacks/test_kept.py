@@ -81,6 +81,21 @@ def test_attacks_can_be_added_and_the_order_counts(tmp_path) -> None:
     assert not torch.equal(one.x_adv, two.x_adv)
 
 
+def test_what_came_before_an_attack_counts_though_none_was_beaten(tmp_path) -> None:
+    """The attack's place is another, and with it its draws."""
+    for attack in ([PGD("linf", steps=1)], [Still(), PGD("linf", steps=1)]):
+        expected = without_seconds(evaluated(attack=attack))
+        assert without_seconds(evaluated(attack=attack, resume=tmp_path)) == expected
+
+
+@dataclass(frozen=True)
+class Still:
+    norm: str = "linf"
+
+    def run(self, model, x, y, *, eps, generator):
+        return x
+
+
 def damaged(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
 
@@ -112,6 +127,32 @@ def test_a_damaged_file_counts_as_none(tmp_path, damage) -> None:
     for path in tmp_path.glob("*.safetensors"):
         emptied(path)
     assert without_seconds(evaluated(attack=ATTACKS, resume=tmp_path)) == expected
+
+
+def test_a_file_of_other_samples_counts_as_none(tmp_path) -> None:
+    """Though its inputs are within the ball, which holds all."""
+    given = {"attack": Draws(), "eps": 3.0}
+    expected = without_seconds(evaluated(resume=tmp_path, **given))
+    first, second, *_ = sorted(tmp_path.glob("Draws-*.safetensors"))
+    second.write_bytes(first.read_bytes())
+    assert without_seconds(evaluated(resume=tmp_path, **given)) == expected
+
+
+def test_rounding_does_not_change_which_samples_are_attacked(tmp_path) -> None:
+    class Shifted(nn.Module):
+        def __init__(self, by: float) -> None:
+            super().__init__()
+            self.by = by
+
+        def forward(self, x):
+            return x[:, :3] - self.by * torch.eye(3)[0]
+
+    x, y = samples()
+    x[0, :3] = torch.tensor([0.5, 0.5, 0.1])
+    given = {"attack": Moves(1), "eps": 0.01, "seed": 0, "resume": tmp_path}
+    found = [robust_accuracy(Bounded(Shifted(by)), x, y * 0, **given) for by in (0, 1e-6)]
+    assert bool(found[0].clean[0])
+    assert without_seconds(found[0]) == without_seconds(found[1])
 
 
 def test_other_work_is_refused(tmp_path) -> None:

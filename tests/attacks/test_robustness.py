@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 import warnings
 from dataclasses import dataclass, replace
 
@@ -91,7 +92,9 @@ def test_parts_are_joined_with_the_warnings_of_all() -> None:
 
 
 def test_seconds_are_of_the_attack_and_shared_out_to_samples() -> None:
+    begun = time.perf_counter()
     found = evaluated()
+    assert 0 < float(found.seconds_by.sum()) < time.perf_counter() - begun
     assert torch.equal(found.seconds_by > 0, found.tried_by)
     for one in found.attacks:
         assert one.seconds == pytest.approx(one.seconds_per_sample * one.attacked)

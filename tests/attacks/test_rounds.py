@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,18 @@ def test_models_that_draw_give_the_same_again_in_batches_of_their_own() -> None:
     torch.rand(3)
     assert evaluations.without_seconds(evaluated(model)) == one
     assert evaluations.without_seconds(evaluated(model, seed=4)) != one
+    two = evaluated(model, attack=[Global(), Global()], every=True, batch_size=None)
+    assert not torch.equal(two.beaten_by[:, 0], two.beaten_by[:, 1])
+
+
+@dataclass(frozen=True)
+class Global:
+    """Draws from the global generator alone."""
+
+    norm: str = "linf"
+
+    def run(self, model, x, y, *, eps, generator):
+        return x + eps * torch.randn_like(x).sign()
 
 
 def test_progress_tells_of_every_batch() -> None:
