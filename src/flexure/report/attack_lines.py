@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from flexure.contracts import FlexureError
 from flexure.report.canvas import (
     INK,
-    REFERENCE,
     VERMILION,
     WIDE,
     Picture,
@@ -89,13 +88,15 @@ class Mark:
         y: its accuracy in per cent, or None: a line across.
         shape: of matplotlib's markers.
         colour: of the palette.
+        dashes: of the line across.
     """
 
     label: str
     x: float
     y: float | None = None
     shape: str = "*"
-    colour: str = field(default=VERMILION)
+    colour: str = VERMILION
+    dashes: Any = (0, (6, 3))
 
 
 def labelled_lines(
@@ -211,7 +212,8 @@ def _draw(axes: Any, line: Line) -> None:
 def _draw_mark(axes: Any, mark: Mark, *, first: bool) -> None:
     label = label_text(mark.label) if first else None
     if mark.y is None:
-        axes.axvline(mark.x, **REFERENCE | {"color": mark.colour}, label=label, zorder=0)
+        axes.axvline(mark.x, color=mark.colour, linestyle=mark.dashes, linewidth=1.6, label=label,
+                     zorder=0)  # fmt: skip
     else:
         axes.plot(mark.x, mark.y, linestyle="", marker=mark.shape, color=mark.colour, markersize=11,
                   markerfacecolor="none", markeredgewidth=1.8, label=label)  # fmt: skip

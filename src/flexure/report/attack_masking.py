@@ -19,7 +19,7 @@ from flexure.report.tables import percent, table_of
 __all__ = ["masking_sections", "masking_sentence"]
 
 _SHOWN = 6  # samples with a loss surface
-_WORDS = {True: "suspicious", False: "in order", None: "skipped"}
+_WORDS = {True: "suspicious", False: "in\N{NO-BREAK SPACE}order", None: "skipped"}
 _MEANING = {
     "masked": "Attacks that follow the gradient fail here for a reason other than robustness: "
     "accuracies under them say nothing of this network.",
@@ -122,9 +122,9 @@ def _number_sections(found: MaskingReport) -> list[Section]:
             "Gradients and growing radii",
             pictures=pictures,
             caption="Gradients of zero or that are not finite give an attack no direction. With a "
-            "growing radius the accuracy must fall, and at the last one no sample of more than "
-            "one class can be robust, since all balls share a point: what an attack leaves there "
-            "is its own failure.",
+            "growing radius the accuracy must fall, and at the last one samples of one class alone "
+            "can be robust, since all balls share a point: what an attack leaves of the others is "
+            "its own failure.",
         )
     ]
 

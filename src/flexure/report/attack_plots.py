@@ -117,6 +117,7 @@ def dial_map(
     title: str,
     value: str,
     chosen: tuple[float, float] | None = None,
+    barred: Any = None,
 ) -> Picture:
     """A value over both dials, as colours with numbers.
 
@@ -127,6 +128,7 @@ def dial_map(
         title: above the picture.
         value: what it is, with its unit.
         chosen: beta and c of the choice.
+        barred: (cs, betas) bool: settings that must not be chosen, with a cross after the number.
     """
     import matplotlib
     import numpy as np
@@ -145,7 +147,8 @@ def dial_map(
         for row, column in np.argwhere(np.isfinite(heights)).tolist():
             one = heights[row, column]
             bright = sum(colours(drawn.norm(one))[:3]) / 3 > _BRIGHT
-            axes.text(column, row, f"{one:.0f}", ha="center", va="center", fontsize=9,
+            cross = "×" if barred is not None and barred[row][column] else ""
+            axes.text(column, row, f"{one:.0f}{cross}", ha="center", va="center", fontsize=9,
                       color="black" if bright else "white")  # fmt: skip
     axes.set_xticks(range(len(betas)), [f"{beta:.3g}" for beta in betas])
     axes.set_yticks(range(len(cs)), [f"{c:.3g}" for c in cs])

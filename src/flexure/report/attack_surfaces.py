@@ -92,7 +92,7 @@ def surfaces(
 
     if not maps:
         raise FlexureError("expected at least one loss surface to draw, got none")
-    columns = min(len(maps), 3)
+    columns = 2 if len(maps) == 4 else min(len(maps), 3)
     side = 2.6 if columns > 1 else 3.3  # beside a single one, the colours' scale takes much room
     figure, axes = canvases((side, side), -(-len(maps) // columns), columns)
     places = [place for row in axes for place in row]
