@@ -5,6 +5,7 @@ from flexure.attacks.bounded import Bounded
 from flexure.attacks.evaluate import AttackResult, Robustness, robust_accuracy
 from flexure.attacks.library import APGD, FAB, Square
 from flexure.attacks.pgd import PGD
+from flexure.attacks.published import PublishedRobustness
 
 __all__ = [
     "APGD",
@@ -13,6 +14,7 @@ __all__ = [
     "Adversarial",
     "AttackResult",
     "Bounded",
+    "PublishedRobustness",
     "Robustness",
     "Square",
     "robust_accuracy",

@@ -19,6 +19,7 @@ from flexure.attacks.checks import check_attack, check_seed
 from flexure.attacks.harness import Harness
 from flexure.attacks.kept import KeptBatches, check_described, histories, identity
 from flexure.attacks.norms import check_eps, norm_named
+from flexure.attacks.published import as_published, in_normalised_space
 from flexure.attacks.robustness import AttackResult, Robustness
 from flexure.attacks.rounds import Rounds
 from flexure.contracts import Attack, FlexureError
@@ -37,12 +38,13 @@ def robust_accuracy(
     x: Tensor,
     y: Tensor,
     *,
-    attack: Attacks = "pgd",
+    attack: Attacks = "apgd-ce",
     norm: str | None = None,
     eps: float,
     seed: int,
     batch_size: int | None = None,
     every: bool = False,
+    protocol: str = "standard",
     resume: str | os.PathLike[str] | None = None,
     progress: Progress = None,
 ) -> Robustness:
@@ -78,6 +80,11 @@ def robust_accuracy(
         batch_size: samples at a time; None: all.
         every: run each attack on all samples that are right without one, which tells the accuracy
             under each attack alone; the worst case is reported all the same.
+        protocol: "standard": all that is said here. "published": the evaluation that Curvature
+            Tuning was published with, on a `Bounded` that normalises: normalised inputs are
+            attacked and clamped to [0, 1], and what attacks return is neither projected nor
+            checked. That is no l_p robustness, and at eps = 0 not the clean accuracy; the result
+            is a `PublishedRobustness`, which tells how far the attacks really went.
         resume: a folder for finished batches; those that are there already, of the same model,
             data and settings, are not attacked again. Attacks can be added after the others.
         progress: True: a bar on stderr, of the first process. A callable: (stage, done, total),
@@ -111,7 +118,9 @@ def robust_accuracy(
         limits = limits_of(bounded, x.dtype)
         harness = Harness(bounded, norm, check_eps(eps), limits, check_seed(seed))
         check_within(x, limits)
-        x, y = x.detach(), y.detach().to(x.device).long()
+        given, y = x.detach(), y.detach().to(x.device).long()
+        published = _is_published(protocol)
+        harness, x = in_normalised_space(harness, given) if published else (harness, given)
         size = len(x) if batch_size is None else batch_size
         alone = resume is None and processes.count == 1
         parts = {} if alone else identity(harness, x, y, size)
@@ -122,7 +131,8 @@ def robust_accuracy(
         if processes.count > 1:
             rounds.check_same((parts, names, *histories(attacks, every=every)))
         with measuring(bounded), _kept_gradients(bounded):
-            return rounds.run(names, attacks, every=every)
+            found = rounds.run(names, attacks, every=every)
+        return as_published(found, bounded, given) if published else found
 
 
 def _chosen(attack: Attacks, norm: str | None) -> tuple[str, tuple[str, ...], tuple[Attack, ...]]:
@@ -150,6 +160,14 @@ def _chosen(attack: Attacks, norm: str | None) -> tuple[str, tuple[str, ...], tu
             again = sum(name.partition(" #")[0] == called for name in named)
             named[f"{called} #{again + 1}" if again else called] = one
     return chosen, tuple(named), tuple(named.values())
+
+
+def _is_published(protocol: str) -> bool:
+    if protocol not in ("standard", "published"):
+        raise FlexureError(
+            f"expected protocol to be 'standard' or 'published', got {protocol!r}; choose one"
+        )
+    return protocol == "published"
 
 
 def _row(name: str, norm: str) -> tuple[Attack, ...]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flexure.attacks.checks import checked
+from flexure.attacks.checks import allowed, checked
 from flexure.attacks.draws import SampleGenerators, seed_of
 from flexure.attacks.intact import intact
 from flexure.attacks.robustness import distinct
@@ -118,9 +119,22 @@ class Harness:
         begun = time.perf_counter()
         with warned(told), intact(self.model, name):
             made = attack.run(self.model, x.clone(), y.clone(), eps=self.eps, generator=generator)
-        x_adv = checked(made, name, x, norm=self.norm, eps=self.eps, limits=self.limits)
+        x_adv = self.accepted(made, name, x)
         right, _ = _right(self._logits(x_adv, y), y)
         return Found(x_adv.cpu(), right.cpu(), time.perf_counter() - begun, distinct(told))
+
+    @property
+    def searches(self) -> bool:
+        """Whether attacks have anything to search: without a radius there is only x."""
+        return self.eps > 0
+
+    def accepted(self, made: Any, name: str, x: Tensor) -> Tensor:
+        """What an attack returned, within the ball and the bounds: `checks.checked`."""
+        return checked(made, name, x, norm=self.norm, eps=self.eps, limits=self.limits)
+
+    def accepts(self, x_adv: Tensor, x: Tensor) -> bool:
+        """Whether inputs of the right shape may be what was accepted of an attack on x."""
+        return allowed(x_adv, x, norm=self.norm, eps=self.eps, limits=self.limits)
 
     def _logits(self, x: Tensor, y: Tensor) -> Tensor:
         with evaluating(self.model), torch.no_grad():

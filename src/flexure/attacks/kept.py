@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexure.attacks.checks import allowed
 from flexure.attacks.harness import Found, Harness
 from flexure.contracts import Attack, FlexureError
 from flexure.fingerprints import described, fingerprint, tensor_digest
@@ -72,8 +71,7 @@ class KeptBatches:
         same = torch.equal(stored, numbers.cpu()) and right.shape == stored.shape
         if not same or x_adv.shape != x.shape or x_adv.dtype != x.dtype:
             return None
-        norm, eps, limits = self._harness.norm, self._harness.eps, self._harness.limits
-        if not allowed(x_adv, x.cpu(), norm=norm, eps=eps, limits=limits):
+        if not self._harness.accepts(x_adv, x.cpu()):
             return None
         return Found(x_adv, right, seconds, told)
 

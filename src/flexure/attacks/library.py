@@ -230,6 +230,7 @@ class Square:
             model, p_init=self.share, n_queries=self.queries, n_restarts=self.restarts,
             resc_schedule=False, **settings,
         )  # fmt: skip
+        attack.margin_and_loss = _without_ties(attack.margin_and_loss)
         with torch.no_grad():
             found: Tensor = attack.perturb(x, y)
         return found
@@ -278,6 +279,21 @@ def _difference(attack: Any) -> Callable[[Tensor, Tensor], Tensor]:
         return other - logits.gather(1, own)[:, 0]
 
     return loss
+
+
+def _without_ties(
+    measured: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The library's margins, with ties just below 0: its l2 Square fails where only ties are left.
+
+    It takes them for misclassified elsewhere, so that nothing else changes.
+    """
+
+    def margins(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        found, loss = measured(x, y)
+        return torch.where(found == 0, -torch.finfo(found.dtype).tiny, found), loss
+
+    return margins
 
 
 def _check_norm(norm: Any) -> None:

@@ -110,18 +110,11 @@ class LibraryModel:
         """(B, K) float32 logits.
 
         Raises:
-            FlexureError: the output is none, or a gradient is asked for that it does not have.
+            FlexureError: the output is none.
         """
         if self.classes and not len(made):  # asked for where only draws are left of a batch
             return made.new_zeros(0, self.classes)
         logits = logits_of(self.model(self.restored(made).clone()))
-        if made.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
-            raise FlexureError(
-                "expected a model that can be differentiated in its input, got logits without a "
-                "graph to it (detach(), no_grad() or NumPy inside); its gradients say nothing of "
-                "its robustness: attack without gradients (Square), or a model that lets them "
-                "through"
-            )
         self.classes = int(logits.shape[-1])
         return logits.clone().float()
 
@@ -170,7 +163,11 @@ class LibraryModel:
             logits = self(at)
             ascent = F.cross_entropy(logits, y, reduction="sum") if loss == "ce" else None
             value = -margin(logits, y).sum() if ascent is None else ascent
-            (gradient,) = torch.autograd.grad(value, at)
+            if not value.requires_grad:
+                raise self._blind()
+            (gradient,) = torch.autograd.grad(value, at, allow_unused=True)
+        if gradient is None:
+            raise self._blind()
         blind = int((gradient == 0).flatten(1).all(1).sum())
         if blind:
             what = "cross-entropy" if loss == "ce" else "margin"
@@ -178,6 +175,13 @@ class LibraryModel:
                 f"the gradient of the {what} is zero at {blind} of {len(x)} samples, where an "
                 f"attack that follows it is blind; see flexure's masking_report, and try Square"
             )
+
+    def _blind(self) -> FlexureError:
+        return FlexureError(
+            "expected a model that can be differentiated in its input, got logits without a graph "
+            "to it (detach(), no_grad() or NumPy inside); its gradients say nothing of its "
+            "robustness: attack without gradients (Square), or a model that lets them through"
+        )
 
     def warn(self, text: str) -> None:
         """What the harness tells of the attack."""

@@ -61,7 +61,7 @@ class Rounds:
         beaten, seconds = tried.clone(), torch.zeros_like(tried, dtype=torch.float64)
         told: list[tuple[str, ...]] = [()] * len(attacks)
         past = list(histories(attacks, every=every))
-        for place, attack in enumerate(attacks if self.harness.eps > 0 else ()):
+        for place, attack in enumerate(attacks if self.harness.searches else ()):
             rows = (clean if every else robust).nonzero().flatten()
             found = self._round(place, names[place], attack, past[place], rows)
             tried[rows, place] = True
