@@ -29,7 +29,7 @@ from flexure.attacks.masking_checks import (
     check_surface,
     reseed,
 )
-from flexure.attacks.masking_evidence import FEWEST_SAMPLES
+from flexure.attacks.masking_evidence import ALLOWED_BLIND, FEWEST_SAMPLES, fewest_that_exceed
 from flexure.attacks.masking_result import LossSurface, MaskingCheck, MaskingReport
 from flexure.attacks.masking_subject import Subject
 from flexure.attacks.norms import check_eps
@@ -54,7 +54,7 @@ def masking_report(
     steps: int = 20,
     restarts: int = 4,
     longer: int = 4,
-    queries: int = 500,
+    queries: int = 1000,
     pictures: int = 4,
     points: int = 21,
 ) -> MaskingReport:
@@ -82,7 +82,7 @@ def masking_report(
         batch_size: samples at a time; None: all.
         samples: at most so many of the B are used, drawn at random.
         steps: of projected gradient ascent.
-        restarts: of the attack with several of them.
+        restarts: further ones, of the attack with several of them.
         longer: how many times as many steps the attack with more steps has.
         queries: of Square, a sample.
         pictures: samples whose loss surface is computed.
@@ -240,7 +240,7 @@ def _verdict(checks: Sequence[MaskingCheck], right: int) -> tuple[str, tuple[str
     proofs = [check for check in checks if check.suspicious and check.decisive]
     signs = [check for check in checks if check.suspicious and not check.decisive]
     skipped = [check for check in checks if check.suspicious is None]
-    missing = [f"{check.name}: {check.sentence}" for check in skipped]
+    missing = [f"{check.name} skipped: {check.sentence}" for check in skipped]
     found = [f"{c.name}: {c.sentence} (expected: {c.expected})" for c in (*proofs, *signs)]
     if proofs:
         return "masked", (*found, *missing)
@@ -249,5 +249,9 @@ def _verdict(checks: Sequence[MaskingCheck], right: int) -> tuple[str, tuple[str
         missing.append(f"{right} samples are right, at least {FEWEST_SAMPLES} are needed")
     if signs or few or any(check.name == "square" for check in skipped):
         return "undecided", (*found, *missing)
-    made = len(checks) - len(skipped)
-    return "not masked", (f"none of {made} checks found a sign of masked gradients", *missing)
+    made, fewest = len(checks) - len(skipped), fewest_that_exceed(right, ALLOWED_BLIND)
+    return "not masked", (
+        f"none of {made} checks found a sign of masked gradients",
+        f"fewer than {fewest} of {right} samples found only without gradients would go unnoticed",
+        *missing,
+    )

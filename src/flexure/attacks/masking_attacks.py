@@ -42,7 +42,7 @@ def check_effort(
 ) -> tuple[MaskingCheck, Tensor]:
     """Whether a gradient attack of more effort finds much more.
 
-    It should not, once an attack has converged (Carlini et al. 2019, sections 4.3 and 4.8).
+    It should not, once an attack has converged (Carlini et al. 2019).
 
     Args:
         subject: with the N samples that are right.
@@ -84,7 +84,7 @@ def check_square(subject: Subject, queries: int, withstood: Tensor) -> tuple[Mas
 
         after[left] = subject.of(left).withstands(Square(norm=subject.norm, queries=queries), 5)
     except FlexureError as error:
-        told = f"skipped: {error}"
+        told = str(error)
         return MaskingCheck(name, {}, _BLIND, None, True, told), withstood
     what = f"Square with {queries} queries misclassifies"
     return _blind(name, what, withstood, after), after
@@ -95,8 +95,7 @@ def check_transfer(
 ) -> tuple[MaskingCheck, Tensor]:
     """Whether examples made on another network succeed where gradient attacks failed.
 
-    Attacks on the network itself know more (Athalye et al. 2018, section 3.1; Carlini et al. 2019,
-    section 4.6).
+    Attacks on the network itself know more (Athalye et al. 2018, section 3.1; Carlini et al. 2019).
 
     Args:
         subject: with the N samples that are right.
@@ -106,7 +105,7 @@ def check_transfer(
     """
     name = "transfer"
     if source.gradient("margin") is None:
-        told = "skipped: the source has no gradient"
+        told = "the source has no gradient"
         return MaskingCheck(name, {}, _BLIND, None, True, told), withstood
     after = withstood & subject.right(source.crafted(attack, 6))
     return _blind(name, "examples made on the source fool", withstood, after), after
@@ -120,7 +119,7 @@ def check_back(subject: Subject, source: Subject, attack: PGD) -> MaskingCheck:
     """
     name, expected = "transfer back", f"{_BACK_SHARE:.0%} of what the source's own examples do"
     if subject.gradient("margin") is None or source.gradient("margin") is None:
-        told = "skipped: one of both networks has no gradient"
+        told = "one of both networks has no gradient"
         return MaskingCheck(name, {}, expected, None, False, told)
     right = source.right()
     drawn = normal(source.x.shape, source.generator(9)).to(source.x)

@@ -60,7 +60,7 @@ def check_randomness(subject: Subject) -> MaskingCheck:
     """Whether repeated passes under other global seeds differ.
 
     Gradients of a random network are those of one draw; expectation over transformation is needed
-    (Athalye et al. 2018, section 4.2; Carlini et al. 2019, section 4.7).
+    (Athalye et al. 2018, section 4.2; Carlini et al. 2019).
     """
     passes = []
     for key in range(_PASSES):
@@ -90,8 +90,8 @@ def check_gradients(subject: Subject) -> MaskingCheck:
     """Norms of the input gradients, and how many of them say nothing.
 
     Those of the cross-entropy are computed in float32, where they underflow once logits are large
-    (Carlini and Wagner 2017 of distilled networks; Athalye et al. 2018, section 3.1, "vanishing
-    gradients"); those of the margin do not.
+    (Carlini and Wagner 2017, of distilled networks; Athalye et al. 2018: vanishing gradients);
+    those of the margin do not.
     """
     numbers: dict[str, object] = {}
     worst, told = 0, []
@@ -139,7 +139,7 @@ def check_slopes(subject: Subject, share: float) -> MaskingCheck:
     name, expected = "slopes", f"predictions within {SLOPE_ERROR:.0%} over the smallest steps"
     gradient = subject.gradient("margin")
     if gradient is None:
-        return MaskingCheck(name, {}, expected, None, True, "skipped: there is no gradient")
+        return MaskingCheck(name, {}, expected, None, True, "there is no gradient")
     ratios, resolved = [], []
     steps = (*_SMALL_STEPS, share, 1.0)
     for step in steps:
@@ -153,7 +153,7 @@ def check_slopes(subject: Subject, share: float) -> MaskingCheck:
     shares = [float(r[ok].nanmedian()) for r, ok in zip(ratios, resolved, strict=True)]
     numbers = {"steps": list(steps), "ratios": shares, "judged": count, "wrong": bad}
     if count < FEWEST_SAMPLES:
-        told = f"skipped: rounding hides the changes of all but {count} samples"
+        told = f"rounding hides the changes of all but {count} samples"
         return MaskingCheck(name, numbers, expected, None, True, told)
     medians = ", ".join(f"{r:.2g} at {s:g} eps" for s, r in zip(steps, shares, strict=True))
     told = f"wrong for {bad} of {count} samples; median rise over predicted {medians}"

@@ -34,8 +34,8 @@ FEWEST_SAMPLES = 16
 
 ALLOWED_BLIND = 0.02
 """Share of the samples that an attack without the model's gradients may find beyond those with
-them: what a gradient attack of finitely many steps leaves. Carlini et al. 2019, section 4.5, expect
-none of an attack that has converged."""
+them: what one of finitely many steps may leave. Of one that has converged Carlini et al. 2019
+expect none."""
 
 ALLOWED_EFFORT = 0.1
 """Share of the samples that more restarts, or more steps, may find: an attack that gains more than
@@ -51,18 +51,18 @@ which networks reach on hardly any sample unless their logits are scaled."""
 
 SLOPE_ERROR = 0.5
 """Relative error of the gradient's prediction over a thousandth of the radius beyond which it is
-wrong: there networks are as good as linear, and float32 is exact to a few percent."""
+wrong: there a network with a gradient is as good as linear."""
 
 ALLOWED_WRONG_SLOPES = 0.25
 """Share of the samples whose gradient may be wrong by that: kinks next to a sample are legal."""
 
 ROUGH = 0.3
 """Share of turns among the loss's steps along the gradient from which on it is rough: noise turns
-at 2/3 of its points, a network's loss at most a few times in 32."""
+at 2/3 of its points, a curve with one top at one of them."""
 
 RANDOM_SPREAD = 1e-4
 """Difference between repeated passes, as a share of the largest logit, from which on a network is
-random: kernels that add in any order differ by some 1e-6."""
+random: adding in another order makes a network differ by less."""
 
 
 def exceeds(count: int, total: int, share: float) -> bool:
