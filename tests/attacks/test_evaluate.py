@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import flexure
 from flexure.attacks import PGD, Bounded, Robustness, robust_accuracy
 from flexure.attacks.catalogue import ATTACKS
-from flexure.contracts import FlexureError
+from flexure.contracts import FlexureError, MissingExtraError
 from tests.measure.untouched import untouched
 
 
@@ -69,14 +70,14 @@ def test_linear_models_have_the_accuracy_that_is_known(norm: str) -> None:
         assert torch.equal(found.x_adv[~found.clean], x[~found.clean])
         assert (found.distance[~found.clean] == 0).all()
         assert float(found.distance.max()) <= eps * (1 + 1e-4)
-        by_name = robust_accuracy(model, x, y, norm=norm, eps=eps, seed=0)
+        by_name = robust_accuracy(model, x, y, attack="pgd", norm=norm, eps=eps, seed=0)
         assert found.accuracy - 0.01 <= by_name.accuracy <= found.accuracy + 0.01
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_no_radius_gives_the_clean_accuracy(norm: str) -> None:
     x, y = samples()
-    found = robust_accuracy(Bounded(network()), x, y, norm=norm, eps=0, seed=0)
+    found = robust_accuracy(Bounded(network()), x, y, attack="pgd", norm=norm, eps=0, seed=0)
     assert torch.equal(found.robust, found.clean)
     assert found.accuracy == found.clean_accuracy == 32 / 40
     assert torch.equal(found.x_adv, x)
@@ -161,7 +162,7 @@ def test_nothing_is_changed(training: bool) -> None:
             found = robust_accuracy(model, x, y, attack=attack, norm="linf", eps=0.1, seed=0)
     assert found.x_adv.grad_fn is None
     with untouched(model, x, y), torch.no_grad():
-        robust_accuracy(model, x, y, norm="l2", eps=0.1, seed=0)
+        robust_accuracy(model, x, y, attack="pgd", norm="l2", eps=0.1, seed=0)
     cheat = Returns(lambda x, eps: x * torch.nan)
     with untouched(model, x, y), pytest.raises(FlexureError, match="finite inputs"):
         robust_accuracy(model, x, y, attack=cheat, eps=0.1, seed=0)
@@ -293,7 +294,7 @@ def test_embeddings_that_rewrite_their_weights_are_no_attack() -> None:
     model, x = Embedded(), torch.rand(8, 10)
     y = torch.zeros(8).long()
     with untouched(model, x, y):
-        robust_accuracy(model, x, y, norm="l2", eps=0.1, seed=0)
+        robust_accuracy(model, x, y, attack="pgd", norm="l2", eps=0.1, seed=0)
 
 
 def test_the_norm_is_that_of_the_beginning() -> None:
@@ -321,9 +322,8 @@ def test_the_norm_is_that_of_the_beginning() -> None:
 def test_inputs_on_bounds_that_float32_cannot_hold(high: float, eps: float) -> None:
     x, y = samples()
     x = x.clamp(max=high)
-    found = robust_accuracy(
-        Bounded(network(), bounds=(0, high)), x, y, norm="linf", eps=eps, seed=0
-    )
+    model = Bounded(network(), bounds=(0, high))
+    found = robust_accuracy(model, x, y, attack="pgd", norm="linf", eps=eps, seed=0)
     assert float(found.x_adv.max()) <= float(x.max())
 
 
@@ -335,7 +335,7 @@ def test_half_precision(norm: str, dtype: torch.dtype) -> None:
     x = torch.rand(30, 10).to(dtype)
     y = model(x).argmax(1)
     for eps in (1 / 255, 8 / 255, 0.5):
-        found = robust_accuracy(model, x, y, norm=norm, eps=eps, seed=0)
+        found = robust_accuracy(model, x, y, attack="pgd", norm=norm, eps=eps, seed=0)
         assert float(found.distance.max()) <= eps * (1 + 1e-6)
     assert found.accuracy < 1.0
 
@@ -371,9 +371,9 @@ def test_stochastic_models_are_the_same_again() -> None:
     torch.manual_seed(0)
     model, x = Noisy(10, 2), torch.rand(60, 10)
     y = torch.arange(60) % 2
-    one = robust_accuracy(model, x, y, norm="l2", eps=0.05, seed=0)
+    one = robust_accuracy(model, x, y, attack="pgd", norm="l2", eps=0.05, seed=0)
     torch.rand(3)
-    two = robust_accuracy(model, x, y, norm="l2", eps=0.05, seed=0)
+    two = robust_accuracy(model, x, y, attack="pgd", norm="l2", eps=0.05, seed=0)
     assert torch.equal(one.clean, two.clean)
     assert torch.equal(one.robust, two.robust)
 
@@ -416,13 +416,13 @@ def test_logits_that_are_not_finite() -> None:
     assert found.clean_accuracy == 1.0
     assert found.accuracy == 0.0
     with pytest.raises(FlexureError, match="finite logits at the given inputs"):
-        robust_accuracy(model, x + 0.3, y, norm="l2", eps=0.2, seed=0)
+        robust_accuracy(model, x + 0.3, y, attack="pgd", norm="l2", eps=0.2, seed=0)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attack": "apgd"}, "attack to be one of 'pgd', or an object"),
+        ({"attack": "apgd"}, "attack to be one of 'pgd', .*'autoattack', or an object"),
         ({"norm": None}, "one norm, got none"),
         ({"attack": PGD("l2")}, "one norm, got 'l2', 'linf'"),
         ({"norm": "l1"}, "one of l2, linf"),
@@ -441,6 +441,7 @@ def test_logits_that_are_not_finite() -> None:
         ({"eps": "1"}, "finite radius"),
         ({"eps": None}, "finite radius"),
         ({"batch_size": 0}, "batch_size of at least 1"),
+        ({"every": "apgd-ce"}, "every to be True or False"),
         ({"x": torch.rand(3, 10) + 0.5}, "within the bounds"),
         ({"x": torch.rand(3, 10) * torch.nan}, "within the bounds"),
         ({"x": torch.zeros(3, 10, dtype=torch.uint8)}, "floating-point tensor"),
@@ -456,12 +457,27 @@ def test_what_does_not_fit(change, message: str) -> None:
         "bounded": Bounded(network()),
         "x": torch.rand(3, 10),
         "y": torch.tensor([0, 1, 2]),
+        "attack": "pgd",
         "norm": "linf",
         "eps": 0.1,
         "seed": 0,
     } | change
     with pytest.raises(FlexureError, match=message):
         robust_accuracy(given.pop("bounded"), given.pop("x"), given.pop("y"), **given)
+
+
+def test_the_attack_of_no_name(monkeypatch) -> None:
+    (x, y), model = samples(), Bounded(network())
+    found = robust_accuracy(model, x, y, norm="linf", eps=0.1, seed=0)
+    assert found.names == ("apgd-ce",)
+    assert 0 < found.accuracy < found.clean_accuracy
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    with pytest.raises(MissingExtraError, match=r"run: pip install 'flexure\[robust\]'") as error:
+        robust_accuracy(model, x, y, norm="linf", eps=0.1, seed=0)
+    assert "\n" not in str(error.value)
+    assert robust_accuracy(model, x, y, attack="pgd", norm="linf", eps=0.1, seed=0).names == (
+        "pgd",
+    )
 
 
 def test_names() -> None:

@@ -73,7 +73,9 @@ def robust_accuracy(
         x: (B, *shape), floating point, within the bounds.
         y: (B,) integer labels.
         attack: a name in `attacks.catalogue.ATTACKS`, an `Attack` with its own settings, or
-            several, run in this order.
+            several, run in this order. All names but "pgd" need the extra `robust` and a model of
+            finite bounds. One attack that follows gradients tells little where gradients are
+            masked: "autoattack" tells more, and `flexure.masking_report` whether to believe it.
         norm: "l2" or "linf"; None: that of the attacks given as objects.
         eps: the radius in units of x; 0 gives the clean accuracy.
         seed: decides everything random.
