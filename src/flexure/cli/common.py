@@ -58,7 +58,7 @@ Model = Annotated[
     str,
     typer.Argument(
         help="Model address: flexure:resnet20?weights=FILE, hf:NAME, timm:NAME, "
-        "torchvision:NAME, or FILE.py:factory.",
+        "torchvision:NAME, robustbench:NAME, or FILE.py:factory.",
         show_default=False,
     ),
 ]
