@@ -90,7 +90,7 @@ def corrupt(
         `(C, H, W)` uint8.
 
     Raises:
-        DataError: no such image, name, severity or set of constants.
+        DataError: no such image, name, severity, seed or set of constants.
     """
     row = _row(name, severity, constants)
     if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] not in (1, 3):
@@ -103,8 +103,10 @@ def corrupt(
             f"expected an image of at least 8 x 8 pixels to corrupt, got {image.shape[1]} x "
             f"{image.shape[2]}; enlarge it first"
         )
-    which = constants or CONSTANTS[min(image.shape[1:]) > _SMALL]
     parts = seed if isinstance(seed, tuple) else (seed,)
+    if not all(type(part) is int and part >= 0 for part in parts):
+        raise DataError(f"expected a seed of at least 0, or several, got {seed!r}; choose another")
+    which = constants or CONSTANTS[min(image.shape[1:]) > _SMALL]
     draw = np.random.default_rng((*parts, zlib.crc32(name.encode()), severity))
     x = image.permute(1, 2, 0).cpu().numpy() / 255.0
     changed = row.apply(x, draw, *row.strengths[which][severity - 1])
