@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flexure.attacks import PGD, Bounded, Robustness, robust_accuracy
+from flexure.attacks import APGD, FAB, PGD, Bounded, Robustness, Square, robust_accuracy
 from flexure.contracts import FlexureError
 
 SIZES: list[int] = []
@@ -104,10 +104,17 @@ def evaluated(model: nn.Module | None = None, **settings) -> Robustness:
     return robust_accuracy(bounded, x, y, **(given | {"batch_size": 7} | settings))
 
 
+LIBRARY = [
+    APGD("linf", steps=3), APGD("linf", "targeted", steps=2, targets=2),
+    FAB("linf", steps=3, targets=2), Square("linf", queries=20),
+]  # fmt: skip
+"""Attacks of another library, which seed themselves and draw for a batch as a whole."""
+
 EVALUATIONS = {
     "cascade": lambda: evaluated(),
     "every": lambda: evaluated(every=True),
     "noisy": lambda: evaluated(Noisy(), attack=[Moves(1), Draws(), PGD("linf", steps=2)]),
+    "library": lambda: evaluated(attack=LIBRARY, eps=0.03),
     "one batch": lambda: evaluated(batch_size=None),
 }
 

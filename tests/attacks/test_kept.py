@@ -13,6 +13,7 @@ from flexure.attacks import PGD, Bounded, robust_accuracy
 from flexure.contracts import FlexureError
 from tests.attacks import evaluations
 from tests.attacks.evaluations import (
+    LIBRARY,
     STOP,
     Draws,
     Interrupted,
@@ -61,6 +62,26 @@ def test_interrupted_and_resumed_is_as_if_undisturbed(tmp_path, model, every: bo
     assert without_seconds(again) == expected
     assert evaluations.SIZES == []
     assert again.attacks[0].seconds > 0  # those that it took
+
+
+def test_attacks_of_another_library_resume(tmp_path) -> None:
+    settings = {"attack": LIBRARY, "eps": 0.03}
+    expected, done = evaluated(**settings), []
+    stages = dict.fromkeys(expected.names)
+
+    def stop(stage: str, batch: int, total: int) -> None:
+        done.append(stage)
+        if stage in stages and batch == min(2, total):
+            stages.pop(stage)
+            raise Interrupted
+
+    for _ in expected.names:
+        with pytest.raises(Interrupted):
+            evaluated(resume=tmp_path, progress=stop, **settings)
+        torch.rand(3)
+    found = evaluated(resume=tmp_path, progress=stop, **settings)
+    assert without_seconds(found) == without_seconds(expected)
+    assert found.attacks[0].attacked > found.attacks[0].found > 0
 
 
 def test_attacks_can_be_added_and_the_order_counts(tmp_path) -> None:
