@@ -9,6 +9,7 @@ import struct
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -78,12 +79,28 @@ def make_hub(folder: Path) -> Made:
     return Made(f"hf:{folder}", {"train": 6, "test": 4}, (3, 5, 7))
 
 
+def make_cifar_c(folder: Path, *, classes: int) -> Made:
+    images, _ = grey(5 * classes)
+    np.save(folder / "fog.npy", np.repeat(images[..., None], 3, axis=3))
+    np.save(folder / "labels.npy", np.tile(np.arange(classes, dtype=np.uint8), 5))
+    prefix = f"cifar{classes}-c"
+    return Made(f"{prefix}:{folder}?corruption=fog&severity=3", {"train": classes}, (3, 5, 7))
+
+
+def make_imagenet_c(folder: Path) -> Made:
+    write_folder(folder / "fog" / "3", {"n01440764": 3, "n01443537": 3})
+    return Made(f"imagenet-c:{folder}?corruption=fog&severity=3", {"train": 6}, (3, 5, 7))
+
+
 MAKERS: dict[str, Callable[[Path], Made]] = {
     "sklearn": make_sklearn,
     "npz": make_npz,
     "idx": make_idx,
     "folder": make_folder,
     "hf": make_hub,
+    "cifar10-c": partial(make_cifar_c, classes=10),
+    "cifar100-c": partial(make_cifar_c, classes=100),
+    "imagenet-c": make_imagenet_c,
 }
 
 
