@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from flexure.attacks.masking_result import LossSurface, MaskingCheck, MaskingReport
@@ -130,3 +135,10 @@ def certified(n: int = 100) -> tuple[CertifiedShare, ...]:
         CertifiedShare(eps, share(hits(n, count)))
         for eps, count in ((0.1, 12), (0.25, 4), (0.5, 0))
     )
+
+
+def images_of(svg: str) -> list[np.ndarray]:
+    """The images in a picture as (H, W, 3) numbers in [0, 1]."""
+    found = re.findall(r"data:image/png;base64,([^\"]+)", svg)
+    opened = [Image.open(io.BytesIO(base64.b64decode(one))) for one in found]
+    return [np.asarray(one.convert("RGB"), dtype=float) / 255 for one in opened]

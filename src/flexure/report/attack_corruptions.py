@@ -66,8 +66,8 @@ def corruption_summary(found: CorruptionAccuracy) -> tuple[str, ...]:
     names = " and ".join(found.names[: _models(found)])
     source = "" if found.official is None else f" Corrupted images: {found.official}."
     head = (
-        f"{names} on {found.samples} images, {len(found.corruptions)} corruptions and "
-        f"{len(found.shifts)} shifts; intervals in brackets: 95 %, over images.{source}"
+        f"{names} on {found.samples} images; {_count(len(found.corruptions), 'corruption')}, "
+        f"{_count(len(found.shifts), 'shift')}. Intervals in brackets: 95 %, over images.{source}"
     )
     told = [_sentence(found, "As they are", found.clean)]
     told += [_sentence(found, f"Shift “{cell.name}”", cell) for cell in found.shifts]
@@ -89,6 +89,10 @@ def corruption_sections(found: CorruptionAccuracy) -> list[Section]:
 
 def _models(found: CorruptionAccuracy) -> int:
     return 1 if found.clean.reference is None else 2
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _sentence(found: CorruptionAccuracy, what: str, one: CorruptedCell | CorruptionMean) -> str:
@@ -185,16 +189,14 @@ def _severity_sections(found: CorruptionAccuracy) -> list[Section]:
         return []
     means = [found.at(severity) for severity in severities]
     x = [0, *severities]
-    lines = [
-        Line(found.names[0], x, [_estimate(found.clean.accuracy),
-                                 *(_estimate(one.accuracy) for one in means)], "worst", True)
-    ]  # fmt: skip
+    values = [_estimate(found.clean.accuracy), *(_estimate(one.accuracy) for one in means)]
+    lines = [Line(found.names[0], x, values, band=True)]
     if _models(found) > 1:
         values = [
             _estimate(found.clean.reference_accuracy),
             *(_estimate(one.reference_accuracy) for one in means),
         ]
-        lines.insert(0, Line(found.names[1], x, values, band=True))
+        lines.append(Line(found.names[1], x, values, band=True, look=1))
     picture = labelled_lines(
         lines,
         title="Mean over corruptions",

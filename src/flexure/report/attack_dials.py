@@ -184,17 +184,20 @@ def _row_sections(found: RobustDialSearch) -> list[Section]:
 def _choice_table(found: RobustDialSearch, rows: Sequence[DialRow]) -> Table:
     at = radius_of(found)
     columns = ("choice", "clean, %", "difference", f"{at}, %", f"difference at {at}",
-               "loss within: mean / interval", "dial")  # fmt: skip
-    cells = []
+               "loss within: mean / interval")  # fmt: skip
+    cells: list[tuple[str | None, ...]] = []
     for row in rows:
-        plain = row.dial is None
-        attacked = row.robust_difference.get(found.eps)
+        if row.dial is None:
+            told = share_text(row.robust.get(found.eps))
+            cells.append((row.name, share_text(row.clean), None, told, None, None))
+            continue
         cells.append((
-            row.name, share_text(row.clean), None if plain else paired_text(row.clean_difference),
-            share_text(row.robust.get(found.eps)), None if plain else paired_text(attacked),
-            f"{_yes(row.mean_within)} / {_yes(row.interval_within)}", dial_text(row.dial),
+            f"{row.name}: {dial_text(row.dial)}", share_text(row.clean),
+            paired_text(row.clean_difference), share_text(row.robust.get(found.eps)),
+            paired_text(row.robust_difference.get(found.eps)),
+            f"{_yes(row.mean_within)} / {_yes(row.interval_within)}",
         ))  # fmt: skip
-    return table_of(columns, cells, *columns[1:-1])
+    return table_of(columns, cells, *columns[1:])
 
 
 def _radius_table(found: RobustDialSearch, rows: Sequence[DialRow]) -> Table:
