@@ -246,6 +246,11 @@ def _check(
 ) -> None:
     if len(data) < 2:
         raise DataError(f"expected at least two images, got {len(data)}; give more")
+    if data[0].dim() != 3 or data[0].dtype != torch.uint8:
+        raise DataError(
+            f"expected images (C, H, W) uint8, got {data[0].dtype} of shape "
+            f"{tuple(data[0].shape)}; common corruptions are defined for pixels only"
+        )
     if not severities or not set(severities) <= set(SEVERITIES):
         raise FlexureError(f"expected severities among 1, ..., 5, got {severities!r}; choose some")
     if len(names) != 2 or not all(names) or names[0] == names[1]:

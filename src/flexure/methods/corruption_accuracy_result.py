@@ -204,10 +204,12 @@ class CorruptionAccuracy:
         return tuple(notes)
 
     def __str__(self) -> str:
-        told = (
-            f"{self.samples} images; accuracy in %, 95 % intervals over images in brackets; of a "
-            f"corruption the mean over severities, which have columns of their own"
-        )
+        told = f"{self.samples} images; accuracy in %, 95 % intervals over images in brackets"
+        if self.cells:
+            told += (
+                "; of a corruption the mean over severities, which have columns of their own "
+                f"({self.names[0]})"
+            )
         lines = [told, *aligned(self.rows(), ruled=True)]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
