@@ -1,60 +1,44 @@
-"""`flexure attack`: accuracy under attacks, of a network or of two side by side."""
+"""`flexure attack`: accuracy under attacks and corruptions, and the dial that is most robust.
+
+Here are the options alone; the three jobs are in the `attack_*.py` beside.
+"""
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 
-from flexure.attacks.bounded import Bounded
 from flexure.attacks.catalogue import ATTACKS
-from flexure.cli.chosen import (
-    SPLITS,
-    Space,
-    described,
-    dials_of,
-    drawn,
-    output,
-    side_by_side,
-    space,
-)
-from flexure.cli.common import (
-    AsJson,
-    BatchSize,
-    Device,
-    Model,
-    Resume,
-    Seed,
-    check_takes,
-    discard,
-    load,
-    print_json,
-    resumable,
-    users_code,
-    working,
-)
-from flexure.contracts import FlexureError, LoadedModel
-from flexure.data import batches, load_data
-from flexure.methods.attack_model import PROTOCOLS, RADII, attack_model
-from flexure.methods.attack_model_result import AttackReport, radius_text
-from flexure.record import record, write_json
+from flexure.cli.attack_corruptions import Corruptions
+from flexure.cli.attack_jobs import Job, Subject, perform
+from flexure.cli.attack_plain import SAMPLES, PlainAttack, radii_of
+from flexure.cli.attack_sweep import NONE, Sweep
+from flexure.cli.chosen import SPLITS
+from flexure.cli.common import AsJson, BatchSize, Device, Model, Resume, Seed, Size
+from flexure.contracts import FlexureError
+from flexure.data import CORRUPTIONS
+from flexure.data.corruptions import SEVERITIES
+from flexure.methods.attack_model import PROTOCOLS, RADII
+from flexure.methods.attack_model_result import radius_text
+from flexure.methods.robust_dial import DIAL_BETAS, DIAL_CS
+from flexure.methods.robust_dial_moves import SEARCHES
 
 __all__ = ["attack"]
 
-_STORE = ".flexure-attack"  # in the output folder, while an attack is unfinished
 _ATTACKS = ("apgd-ce",)
 _TOLD_RADII = " ".join(
     f"{norm}:{','.join(radius_text(eps, norm) for eps in radii)}" for norm, radii in RADII.items()
 )
+_BETAS, _CS, _SEVERITIES = (
+    ",".join(f"{value:g}" for value in values) for values in (DIAL_BETAS, DIAL_CS, SEVERITIES)
+)
+_SWEEP, _CORRUPTIONS = "With --sweep", "With --corruptions"
 
 
 def attack(
+    context: typer.Context,
     model: Model,
     data: Annotated[
         str,
@@ -64,10 +48,7 @@ def attack(
         ),
     ],
     against: Annotated[
-        str | None,
-        typer.Option(
-            help="Address of another model, attacked in the same way on the same samples."
-        ),
+        str | None, typer.Option(help="Address of another model, for the same samples.")
     ] = None,
     steer: Annotated[
         str | None,
@@ -91,19 +72,21 @@ def attack(
         ),
     ] = None,
     samples: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
             max=1_000_000_000,
             help="How many samples to draw at random from the split, all if it has no more.",
+            show_default=f"{SAMPLES}; all with --corruptions",
         ),
-    ] = 256,
+    ] = None,
     attacks: Annotated[
         list[str] | None,
         typer.Option(
             "--attack",
             help=f"May be repeated: each gets what withstood those before. One of "
-            f"{', '.join(ATTACKS)}.",
+            f"{', '.join(ATTACKS)}. The default takes minutes on a CPU; for numbers to publish, "
+            f"autoattack.",
             show_default=", ".join(_ATTACKS),
         ),
     ] = None,
@@ -139,125 +122,160 @@ def attack(
             "the space of normalised inputs, which is not an l_p robustness."
         ),
     ] = PROTOCOLS[0],
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep",
+            help="Search the dial that is most robust on validation data, report it on test data, "
+            "and save it as an adapter.",
+            rich_help_panel=_SWEEP,
+        ),
+    ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Radius that the dial is chosen for.",
+            show_default="1/255 in linf, 0.1 in l2",
+            rich_help_panel=_SWEEP,
+        ),
+    ] = None,
+    betas: Annotated[
+        str, typer.Option(help="Of one dial for all sites.", rich_help_panel=_SWEEP)
+    ] = _BETAS,
+    cs: Annotated[
+        str, typer.Option(help="Of one dial for all sites.", rich_help_panel=_SWEEP)
+    ] = _CS,
+    match: Annotated[
+        str,
+        typer.Option(
+            help=f"What calibration keeps, with commas; {NONE}: not calibrated.",
+            rich_help_panel=_SWEEP,
+        ),
+    ] = f"{NONE},mean,mean+std",
+    groups: Annotated[
+        str,
+        typer.Option(
+            help=f"Sites that share a dial in the second search: layers, sites, or {NONE}: no "
+            f"second search.",
+            rich_help_panel=_SWEEP,
+        ),
+    ] = "layers",
+    search: Annotated[
+        str,
+        typer.Option(help=f"By groups: {', '.join(SEARCHES)} or {NONE}.", rich_help_panel=_SWEEP),
+    ] = "evolutionary",
+    budget: Annotated[
+        int,
+        typer.Option(min=1, max=1_000_000, help="Candidates of it.", rich_help_panel=_SWEEP),
+    ] = 120,
+    clean_loss: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Share of clean accuracy that may be lost.",
+            rich_help_panel=_SWEEP,
+        ),
+    ] = 0.01,
+    val_size: Size = None,
+    test_size: Size = None,
+    corruptions: Annotated[
+        bool,
+        typer.Option(
+            "--corruptions",
+            help="Corrupt images instead: common corruptions, which no adversary chose.",
+            rich_help_panel=_CORRUPTIONS,
+        ),
+    ] = False,
+    corruption: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"May be repeated. One of {', '.join(CORRUPTIONS)}.",
+            show_default="the fifteen common ones",
+            rich_help_panel=_CORRUPTIONS,
+        ),
+    ] = None,
+    severities: Annotated[
+        str, typer.Option(help="With commas.", rich_help_panel=_CORRUPTIONS)
+    ] = _SEVERITIES,
+    corruption_files: Annotated[
+        str | None,
+        typer.Option(
+            help="Official files instead of generated ones: cifar10-c:DIR, cifar100-c:DIR or "
+            "imagenet-c:DIR; the data are their clean images in the same order.",
+            rich_help_panel=_CORRUPTIONS,
+        ),
+    ] = None,
+    shift: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=ADDRESS of another version of all images in the same order; may be "
+            "repeated.",
+            rich_help_panel=_CORRUPTIONS,
+        ),
+    ] = None,
     device: Device = "cpu",
     batch_size: BatchSize = 128,
     seed: Seed = 42,
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Attack a network, or two, with growing radius; write results and report."""
-    settings: dict[str, Any] = {
-        "attacks": attacks or list(_ATTACKS),
-        "eps": radii_of(eps) if eps else dict(RADII),
-        "every": every,
-        "masking": masking,
-        "certify": certify,
-        "protocol": _protocols(protocol),
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    dials = None if steer is None else dials_of(steer)
-    with (
-        output(out, _STORE) as store,
-        working(store, "attack", resume=resume),
-        users_code(),
-        resumable(),
-    ):
-        loaded = load(model, device)
-        other = None if against is None else load(against, device)
-        chosen, split = drawn(load_data(data), split, samples, seed)
-        own = space(loaded, chosen)
-        _warn_of(own, loaded)
-        ready = partial(batches, batch_size=batch_size, device=device, cache=True)
-        given = ready(chosen, preprocess=own.prepare)
-        for each in (loaded, other):
-            if each is not None:
-                check_takes(each, given)
-        pair = side_by_side(loaded, other, dials, adapter, given, beside_adapter=True)
-        found = attack_model(
-            _bounded(pair.model, own),
-            given,
-            reference=None
-            if pair.against is None
-            else _bounded(pair.against, own if other is None else space(other, chosen)),
-            names=pair.names,
-            **settings,
-            resume=store,
-            progress=not as_json and sys.stderr.isatty(),
+    """Attack a network with growing radius, or corrupt its images, or search a robust dial."""
+    _check_given(context, sweep=sweep, corruptions=corruptions)
+    radii = radii_of(eps) if eps else {norm: list(each) for norm, each in RADII.items()}
+    names = attacks or list(_ATTACKS)
+    job: Job = PlainAttack(names, radii, every, masking, certify, protocol)
+    if corruptions:
+        job = Corruptions.told(
+            names=corruption, severities=severities, files=corruption_files, shifts=shift or []
         )
-    config = {
-        "model": model, "data": data, "against": against, "steer": steer, "adapter": adapter,
-        "names": pair.names, "split": split, "samples": len(chosen), **settings,
-        "preprocess": described(loaded), "device": device,
-    }  # fmt: skip
-    payload = record(config=config, seed=seed, numbers=found.to_dict())
-    write_json(out / "results.json", payload)
-    _write_page(out / "report.html", found, payload, chosen.classes)
-    discard(store)
-    if as_json:
-        print_json(payload)
-    else:
-        _print(found, out)
+    if sweep:
+        job = Sweep.told(
+            eps=radii if eps else {"linf": radii["linf"]}, attacks=names, target=target,
+            betas=betas, cs=cs, match=match, groups=groups, search=search, budget=budget,
+            clean_loss=clean_loss, val_size=val_size, test_size=test_size,
+        )  # fmt: skip
+    subject = Subject(
+        model, data, out, against, steer, adapter, split, samples, device, batch_size, seed,
+        resume, as_json,
+    )  # fmt: skip
+    perform(job, subject)
 
 
-def radii_of(texts: Sequence[str]) -> dict[str, list[float]]:
-    """Norm -> radii, of `linf:1/255,2/255` and the like.
+_OF_SWEEP = {"target", "betas", "cs", "match", "groups", "search", "budget", "clean_loss",
+             "val_size", "test_size"}  # fmt: skip
+_OF_CORRUPTIONS = {"corruption", "severities", "corruption_files", "shift"}
+_OF_ATTACKS = {"attacks", "eps", "every", "masking", "certify", "protocol"}
+_OF_ONE_SPLIT = {"against", "steer", "adapter", "split", "samples"}
+
+_REFUSED = {
+    (False, False): _OF_SWEEP | _OF_CORRUPTIONS,
+    (True, False): _OF_CORRUPTIONS | _OF_ONE_SPLIT | (_OF_ATTACKS - {"attacks", "eps"}),
+    (False, True): _OF_SWEEP | _OF_ATTACKS,
+}
+"""(--sweep, --corruptions) -> the options that mean nothing then."""
+
+
+def _check_given(context: typer.Context, *, sweep: bool, corruptions: bool) -> None:
+    """Refuses options that would be ignored.
 
     Raises:
-        FlexureError: something else.
+        FlexureError: there are some.
     """
-    found: dict[str, list[float]] = {}
-    for text in texts:
-        norm, _, rest = text.rpartition(":")
-        try:
-            radii = [_fraction(part) for part in rest.split(",")]
-        except (ValueError, ZeroDivisionError):
-            raise FlexureError(
-                f"expected --eps like linf:1/255,2/255 or l2:0.25, got {text!r}; give a norm and "
-                f"radii with commas between"
-            ) from None
-        found.setdefault(norm.strip() or "linf", []).extend(radii)
-    return found
+    if sweep and corruptions:
+        raise FlexureError("expected --sweep or --corruptions, got both; run one after the other")
+    job = "--sweep" if sweep else "--corruptions" if corruptions else "an attack"
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        typed = source is not None and source.name == "COMMANDLINE"
+        if typed and name in _REFUSED[sweep, corruptions]:
+            raise FlexureError(f"expected no {parameter.opts[0]} with {job}; {_remedy(name)}")
 
 
-def _fraction(text: str) -> float:
-    above, slash, below = text.partition("/")
-    return float(above) / float(below) if slash else float(above)
-
-
-def _protocols(name: str) -> list[str]:
-    """The standard one always; the published one beside it."""
-    if name not in PROTOCOLS:
-        raise FlexureError(
-            f"expected --protocol {' or '.join(PROTOCOLS)}, got {name!r}; choose one of them"
-        )
-    return list(dict.fromkeys([PROTOCOLS[0], name]))
-
-
-def _bounded(model: torch.nn.Module, own: Space) -> Bounded:
-    return Bounded(model, mean=own.mean, std=own.std, bounds=own.bounds)
-
-
-def _warn_of(own: Space, loaded: LoadedModel) -> None:
-    if own.bounds is None:
-        warnings.warn(
-            f"{loaded.address}: its inputs have no bounds that are known; radii are in units of "
-            f"its own inputs, {described(loaded)}",
-            stacklevel=2,
-        )
-
-
-def _write_page(
-    path: Path, found: AttackReport, payload: dict[str, Any], classes: Sequence[str]
-) -> None:
-    from flexure.report import run_table
-    from flexure.report.attack import attack_page
-
-    title = f"{payload['config']['model']} attacked on {payload['config']['data']}"
-    attack_page(path, found, title=title, run=run_table(payload), classes=classes)
-
-
-def _print(found: AttackReport, out: Path) -> None:
-    typer.echo(str(found))
-    typer.echo(f"Report:  {out / 'report.html'}")
-    typer.echo(f"Results: {out / 'results.json'}")
+def _remedy(name: str) -> str:
+    if name in _OF_SWEEP | _OF_CORRUPTIONS:
+        return f"add {'--sweep' if name in _OF_SWEEP else '--corruptions'}"
+    if name in ("split", "samples"):
+        return "give --val-size and --test-size"
+    return "leave it out, or make two runs"

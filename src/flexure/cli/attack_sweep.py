@@ -1,0 +1,190 @@
+"""`flexure attack --sweep`: the dial for robustness, chosen on one half and reported on the other.
+
+The options are those of `attack.py`; what is searched, and how, is the library's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flexure.attacks.catalogue import ATTACKS
+from flexure.attacks.norms import norm_named
+from flexure.cli.attack_jobs import Done, Subject, fraction, warn_of
+from flexure.cli.chosen import SPLITS, numbers, space
+from flexure.cli.common import check_takes, load
+from flexure.contracts import FlexureError, LabelledData
+from flexure.data import Subset, batches, load_data, stratified_split
+from flexure.methods.robust_dial import search_robust_dial
+from flexure.methods.robust_dial_moves import SEARCHES
+from flexure.methods.robust_dial_result import RobustDialSearch
+
+__all__ = ["NONE", "Halves", "Sweep", "halves"]
+
+NONE = "none"
+"""Of groups, of the search, of calibration: there is none."""
+
+_MATCHES = {NONE: None, "mean": "mean", "mean+std": "mean+std"}
+_TARGETS = {"linf": 1 / 255, "l2": 0.1}  # where networks that were not trained for it differ
+_SHARE = 0.5  # of the samples that dials are chosen on, where no number is given
+
+
+@dataclass(frozen=True)
+class Halves:
+    """What dials are chosen on, and what they are reported on; no sample is in both."""
+
+    val: LabelledData
+    test: LabelledData
+
+
+def halves(data: Mapping[str, LabelledData], sizes: Mapping[str, int | None], seed: int) -> Halves:
+    """The source's own validation and test data, or two parts of what the network was not made by.
+
+    A network that is attacked was trained elsewhere, so that nothing is kept for training: the
+    parts are those of the test data, or without any of the only split there is.
+
+    Raises:
+        DataError: sizes that do not fit.
+    """
+    if "validation" in data and "test" in data:
+        return Halves(*(_taken(data[name], sizes[key], seed)
+                        for name, key in (("validation", "val"), ("test", "test"))))  # fmt: skip
+    pool = data[next(name for name in SPLITS if name in data)]
+    first, second = sizes["val"], sizes["test"]
+    if first is None:
+        first = round(_SHARE * len(pool)) if second is None else len(pool) - second
+    if second is None:
+        second = len(pool) - first
+    val, test = stratified_split(pool.labels, [first, second], seed=seed)
+    return Halves(Subset(pool, val), Subset(pool, test))
+
+
+def _taken(data: LabelledData, size: int | None, seed: int) -> LabelledData:
+    if size is None:
+        return data
+    (rows,) = stratified_split(data.labels, [size], seed=seed)
+    return Subset(data, rows)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `search_robust_dial` is told; see there.
+
+    Attributes:
+        settings: its arguments, by name.
+        sizes: samples to choose on, `"val"`, and to report on, `"test"`; None: a share.
+    """
+
+    settings: Mapping[str, Any]
+    sizes: Mapping[str, int | None]
+    verb = "steered to be robust"
+
+    @classmethod
+    def told(
+        cls,
+        *,
+        eps: Mapping[str, Sequence[float]],
+        attacks: Sequence[str],
+        target: str | None,
+        betas: str,
+        cs: str,
+        match: str,
+        groups: str,
+        search: str,
+        budget: int,
+        clean_loss: float,
+        val_size: int | None,
+        test_size: int | None,
+    ) -> Sweep:
+        """From options as they were typed.
+
+        Raises:
+            FlexureError: several norms or attacks, or an option of another kind.
+        """
+        if len(eps) != 1 or len(attacks) != 1:
+            raise FlexureError(
+                f"expected one norm and one --attack with --sweep, got {', '.join(eps)} and "
+                f"{', '.join(attacks)}; choose one of each"
+            )
+        ((norm, radii),) = eps.items()
+        norm_named(norm)
+        if attacks[0] not in ATTACKS:
+            raise FlexureError(
+                f"expected --attack among {', '.join(ATTACKS)}, got {attacks[0]!r}; choose one"
+            )
+        settings = {
+            "norm": norm,
+            "eps": _TARGETS[norm] if target is None else fraction("--target", target),
+            "radii": tuple(radii),
+            "betas": numbers("--betas", betas, float),
+            "cs": numbers("--cs", cs, float),
+            "matches": _matches(match),
+            "groups": _choice("--groups", groups, ("layers", "sites", NONE)),
+            "search": _choice("--search", search, (*SEARCHES, NONE)),
+            "budget": budget,
+            "clean_loss": clean_loss,
+            "report_attack": attacks[0],
+        }
+        return cls(settings, {"val": val_size, "test": test_size})
+
+    def run(self, subject: Subject, store: Path) -> Done:
+        """The search; the chosen dial is saved as an adapter, if it is not the plain network."""
+        loaded = load(subject.model, subject.device)
+        parts = halves(load_data(subject.data), self.sizes, subject.seed)
+        own = space(loaded, parts.val)
+        warn_of(own, loaded)
+        ready = partial(
+            batches, preprocess=own.prepare, batch_size=subject.batch_size, device=subject.device,
+            cache=True,
+        )  # fmt: skip
+        val, test = ready(parts.val), ready(parts.test)
+        check_takes(loaded, val)
+        found = search_robust_dial(
+            loaded.model,
+            val=val,
+            test=test,
+            mean=own.mean,
+            std=own.std,
+            bounds=own.bounds,
+            **self.settings,
+            seed=subject.seed,
+            batch_size=subject.batch_size,
+            resume=store,
+            progress=subject.progress,
+        )
+        lines = _saved(found, subject.out / "adapter")
+        sizes = {"val": len(parts.val), "test": len(parts.test)}
+        return Done(found, loaded, {"sizes": sizes, "split_seed": subject.seed}, lines=lines)
+
+    def page(self, path: Path, found: Any, **more: Any) -> Path:
+        """See `robust_dial_page`."""
+        from flexure.report.attack_dials import robust_dial_page
+
+        return robust_dial_page(path, found, **more)
+
+
+def _saved(found: RobustDialSearch, folder: Path) -> tuple[str, ...]:
+    if found.chosen.dial is None:
+        return ()
+    steering = found.install()
+    steering.save(folder)
+    steering.remove()
+    return (f"Adapter: {folder}",)
+
+
+def _matches(text: str) -> list[str | None]:
+    names = [part.strip() for part in text.split(",")]
+    if not set(names) <= set(_MATCHES):
+        raise FlexureError(
+            f"expected --match among {', '.join(_MATCHES)}, with commas, got {text!r}"
+        )
+    return [_MATCHES[name] for name in names]
+
+
+def _choice(option: str, text: str, names: Sequence[str]) -> str | None:
+    if text not in names:
+        raise FlexureError(f"expected {option} among {', '.join(names)}, got {text!r}; choose one")
+    return None if text == NONE else text
