@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import escape
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from flexure.attacks.bounded import Bounded, limits_of
 from flexure.attacks.checks import checked
 from flexure.attacks.draws import SampleGenerators
+from flexure.attacks.pgd import PGD
 from flexure.calling import check_logits, logits_of
-from flexure.contracts import Attack, Example
+from flexure.contracts import Attack, Example, FlexureError
 from flexure.measuring import measuring
 from flexure.methods.robust_dial_groups import ALL_SITES
 from flexure.methods.robust_dial_result import RobustDial
@@ -97,8 +98,17 @@ class DialledModel:
                 self._steering.dial(beta, c)
         return self.bounded
 
-    def steered(self, dial: RobustDial) -> Steering:
-        """Steers the model, which must not be steered."""
+    def steered(self, dial: RobustDial | None) -> Steering:
+        """Steers the model, which must not be steered.
+
+        Raises:
+            FlexureError: there is no dial.
+            SiteError: the model is steered already.
+        """
+        if dial is None:
+            raise FlexureError(
+                "expected a dial to install, got none: the network does best as it is; use it so"
+            )
         kept: dict[str, Any] = {}
         if dial.match is not None:
             kept = {"calibration": self._calibration, "match": dial.match}
@@ -153,6 +163,7 @@ class DialBench:
         self.model, self.x, self.y = model, x, y
         self._attack, self._eps, self._seed = attack, eps, seed
         self._batch_size, self._store = batch_size, store
+        self._known: dict[str, Outcome] = {}
 
     def __call__(self, dial: RobustDial | None, radii: Sequence[float]) -> Outcome:
         """What the network does at a dial; of the radii, those besides `eps` too.
@@ -177,7 +188,7 @@ class DialBench:
             right, margins = self._scored(model, self.x, self.y)
             attacked, robust = margins.clone(), right.clone()
             rows = right.nonzero().flatten()
-            robust[rows], attacked[rows] = self._attacked(model, rows, self._eps)
+            robust[rows], attacked[rows] = self._attacked(model, rows, self._eps, self._attack)
             by = {self._eps: robust}
             for eps in reversed([eps for eps in more if eps < self._eps]):
                 known = by[min(by)]
@@ -195,18 +206,20 @@ class DialBench:
     def _survivors(self, model: nn.Module, chosen: Tensor, eps: float) -> Tensor:
         """(N,) bool, which of the chosen samples withstand the attack."""
         robust, rows = torch.zeros_like(chosen), chosen.nonzero().flatten()
-        robust[rows], _ = self._attacked(model, rows, eps)
+        robust[rows], _ = self._attacked(model, rows, eps, _until_wrong(self._attack))
         return robust
 
-    def _attacked(self, model: nn.Module, rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def _attacked(
+        self, model: nn.Module, rows: Tensor, eps: float, attack: Attack
+    ) -> tuple[Tensor, Tensor]:
         """Whether these samples are right after the attack, and their margins."""
         limits = limits_of(model, self.x.dtype)
         parts = [self._none()]
         for some in torch.split(rows, self._batch_size) if len(rows) else ():
             x, y = self._rows(some)
             draws = SampleGenerators((self._seed,), some)
-            made = self._attack.run(model, x, y, eps=eps, generator=draws)
-            name, norm = type(self._attack).__name__, self._attack.norm
+            made = attack.run(model, x, y, eps=eps, generator=draws)
+            name, norm = type(attack).__name__, attack.norm
             parts.append(
                 self._scored(model, checked(made, name, x, norm=norm, eps=eps, limits=limits), y)
             )
@@ -237,30 +250,38 @@ class DialBench:
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
     def _kept(self, kind: str, dial: RobustDial | None, more: tuple[float, ...]) -> Outcome | None:
-        found = None if self._store is None else self._store.get(self._part(kind, dial, more))
-        if found is None:
-            return None
-        radii = [] if kind == "clean" else [self._eps, *more]
-        robust = dict(zip(radii, found["robust"], strict=True))
-        return Outcome(found["right"], found["margins"], found["attacked"], robust)
+        part = self._part(kind, dial, more)
+        if part not in self._known and self._store is not None:
+            found = self._store.get(part)
+            if found is not None:
+                radii = [] if kind == "clean" else [self._eps, *more]
+                robust = dict(zip(radii, found["robust"], strict=True))
+                self._known[part] = Outcome(
+                    found["right"], found["margins"], found["attacked"], robust
+                )
+        return self._known.get(part)
 
     def _keep(
         self, kind: str, dial: RobustDial | None, more: tuple[float, ...], found: Outcome
     ) -> Outcome:
+        part = self._part(kind, dial, more)
+        self._known[part] = found
         if self._store is not None:
-            empty = torch.zeros(0, len(found.right), dtype=torch.bool)
-            rows = [found.robust[eps][None] for eps in ((self._eps, *more) if found.robust else ())]
-            tensors = {
-                "right": found.right, "margins": found.margins, "attacked": found.attacked,
-                "robust": torch.cat([empty, *rows]),
-            }  # fmt: skip
+            none = torch.zeros(0, len(found.right), dtype=torch.bool)
+            rows = [found.robust[eps][None] for eps in (self._eps, *more) if found.robust]
+            names = ("right", "margins", "attacked")
+            # Copies: files cannot hold tensors that share memory.
+            tensors = {name: getattr(found, name).clone() for name in names}
             told = {"dial": self.model.key(dial), "clean": found.clean}
-            self._store.put(
-                self._part(kind, dial, more),
-                {name: tensor.clone() for name, tensor in tensors.items()},
-                told,
-            )
+            self._store.put(part, tensors | {"robust": torch.cat([none, *rows])}, told)
         return found
+
+
+def _until_wrong(attack: Attack) -> Attack:
+    """The same attack for whoever asks no margins: cheaper, with the same robust samples."""
+    if isinstance(attack, PGD) and attack.keep == "best":
+        return replace(attack, until_misclassified=True)
+    return attack
 
 
 def _margins(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
-from flexure.contracts import Attack
+from flexure.fingerprints import described
 from flexure.methods.attack_model_bench import Bench, Task
 from flexure.methods.attack_model_result import AttackedModel
 from flexure.methods.attack_model_shares import paired_share, share
@@ -26,11 +24,13 @@ from flexure.methods.robust_dial_result import (
     DialRow,
     RobustDial,
 )
+from flexure.methods.robust_dial_setup import DialSettings
 from flexure.progress import ProgressReporter
 
-__all__ = ["Report", "TestData"]
+__all__ = ["Report", "Reporting"]
 
 _PAPER_C = 0.5
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -42,41 +42,39 @@ class Report:
     curve: tuple[CurvePoint, ...]
 
 
-@dataclass(frozen=True)
-class TestData:
-    """The test data, and how dials are attacked on them."""
+class Reporting:
+    """The test data, and how dials are attacked on them.
 
-    __test__ = False  # not a test case, whatever pytest makes of the name
+    Args:
+        bench: on test data.
+        settings: of the search.
+        folder: of finished attacks; None: none are kept.
+        reporter: is told how far it is.
+    """
 
-    bench: DialBench
-    x: Tensor
-    y: Tensor
-    norm: str
-    eps: float
-    radii: tuple[float, ...]
-    report_radii: tuple[float, ...]
-    attack: str | Attack
-    clean_loss: float
-    seed: int
-    batch_size: int
-    folder: Path | None
-    reporter: ProgressReporter
+    def __init__(
+        self,
+        bench: DialBench,
+        settings: DialSettings,
+        folder: Path | None,
+        reporter: ProgressReporter,
+    ) -> None:
+        self._bench, self._settings, self._folder = bench, settings, folder
+        self._reporter = reporter
+        self._known: dict[str, AttackedModel] = {}
 
     def report(
         self,
         candidates: Sequence[DialCandidate],
         chosen: DialCandidate,
-        grid: Sequence[RobustDial],
         *,
         oracle: bool,
     ) -> Report:
         """The rows of the best dials of each kind, the curve, and the oracle if it is asked for."""
-        named = dict(_kinds(candidates, chosen))
-        found: dict[str, AttackedModel] = {}
-        plain = self._attacked(None, found)
-        rows = [self._row(name, one.dial, plain, found) for name, one in named.items()]
+        grid = self._settings.grid()
+        rows = [self._row(name, one.dial) for name, one in _kinds(candidates, chosen)]
         best = self._oracle(grid) if oracle else None
-        told = None if best is None else self._row(ORACLE, best, plain, found)
+        told = None if best is None else self._row(ORACLE, best)
         shared = max(
             (one for one in candidates if one.stage == "shared" and one.allowed),
             key=lambda one: one.objective,
@@ -84,33 +82,27 @@ class TestData:
         )
         return Report(tuple(rows), told, tuple(self._curve(shared.dial, grid)))
 
-    def _attacked(self, dial: RobustDial | None, known: dict[str, AttackedModel]) -> AttackedModel:
+    def _attacked(self, dial: RobustDial | None) -> AttackedModel:
         """A dial under the attack of the report, once."""
-        name = json.dumps(self.bench.model.key(dial))
-        if name not in known:
-            digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        told, settings, model = _told(dial), self._settings, self._bench.model
+        key = json.dumps([model.key(dial), described(settings.report_attack), settings.reported])
+        if key not in self._known:
+            digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
             bench = Bench(
-                [Task(self.norm, self.report_radii, (self.attack,))], self.x, self.y,
-                seed=self.seed, batch_size=self.batch_size, every=False, keep=0,
-                store=None if self.folder is None else self.folder / digest,
-                reporter=self.reporter,
+                [Task(settings.norm, settings.reported, (settings.report_attack,))],
+                self._bench.x, self._bench.y, seed=settings.seed, batch_size=settings.batch_size,
+                every=False, keep=0, reporter=self._reporter,
+                store=None if self._folder is None else self._folder / digest,
             )  # fmt: skip
-            model = self.bench.model
             model.turn(dial)
-            told = "plain network" if dial is None else str(dial)
-            known[name], _ = bench.attacked(0, f"test, {told}", model.bounded)
-        return known[name]
+            self._known[key], _ = bench.attacked(0, f"test, {told}", model.bounded)
+        return self._known[key]
 
-    def _row(
-        self,
-        name: str,
-        dial: RobustDial | None,
-        plain: AttackedModel,
-        known: dict[str, AttackedModel],
-    ) -> DialRow:
-        found = self._attacked(dial, known)
+    def _row(self, name: str, dial: RobustDial | None) -> DialRow:
+        plain, found = self._attacked(None), self._attacked(dial)
         clean = paired_share(found.clean, plain.clean)
         pairs = list(zip(found.at, plain.at, strict=True))
+        least = -self._settings.clean_loss - _ROUNDING
         return DialRow(
             name,
             dial,
@@ -118,19 +110,19 @@ class TestData:
             {at.eps: at.accuracy for at in found.at},
             clean,
             {at.eps: paired_share(at.robust, other.robust) for at, other in pairs},
-            mean_within=clean.value >= -self.clean_loss - 1e-9,
-            interval_within=clean.low >= -self.clean_loss - 1e-9,
+            mean_within=clean.value >= least,
+            interval_within=dial is None or clean.low >= least,
         )
 
     def _oracle(self, grid: Sequence[RobustDial]) -> RobustDial | None:
         """The most robust shared dial on the test data that keeps the clean accuracy there."""
-        least = self.bench.clean(None) - self.clean_loss - 1e-9
+        least = self._bench.clean(None) - self._settings.clean_loss - _ROUNDING
         found = []
         for done, dial in enumerate(grid, 1):
-            if self.bench.clean(dial) >= least:
-                robust = self.bench(dial, ()).robust[self.eps]
+            if self._bench.clean(dial) >= least:
+                robust = self._bench(dial, ()).robust[self._settings.eps]
                 found.append((float(robust.double().mean()), dial))
-            self.reporter("test, oracle", done, len(grid))
+            self._reporter("test, oracle", done, len(grid))
         return max(found, key=lambda one: one[0], default=(0.0, None))[1]
 
     def _curve(self, dial: RobustDial | None, grid: Sequence[RobustDial]) -> Iterator[CurvePoint]:
@@ -142,11 +134,11 @@ class TestData:
             here = replace(dial, betas={ALL_SITES: beta})
             if beta == 1.0:
                 here = grid[-1]
-            found = self.bench(here, self.radii)
+            found = self._bench(here, self._settings.all_radii)
             robust = {eps: share(hits) for eps, hits in sorted(found.robust.items())}
             c, match = dial.cs[ALL_SITES], dial.match
             yield CurvePoint(beta, c, match, share(found.right), robust)
-            self.reporter("test, curve over beta", done, len(betas))
+            self._reporter("test, curve over beta", done, len(betas))
 
 
 def _kinds(
@@ -171,3 +163,7 @@ def _kinds(
 
 def _cs(one: DialCandidate) -> tuple[float, ...]:
     return () if one.dial is None else tuple(one.dial.cs.values())
+
+
+def _told(dial: RobustDial | None) -> str:
+    return "plain network" if dial is None else str(dial)

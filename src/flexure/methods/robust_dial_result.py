@@ -12,16 +12,22 @@ from typing import Any
 from flexure.columns import aligned
 from flexure.methods.attack_model_result import radius_text
 from flexure.methods.attack_model_shares import PairedShare, Share
+from flexure.methods.robust_dial_groups import ALL_SITES
 from flexure.methods.steer import Steering
 from flexure.record import to_json
 
 __all__ = [
+    "ORACLE",
     "CurvePoint",
     "DialCandidate",
     "DialRow",
     "RobustDial",
     "RobustDialSearch",
 ]
+
+
+ORACLE = "oracle: chosen on test data"
+"""What a row is called that no honest choice could have made."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class RobustDial:
     @property
     def shared(self) -> bool:
         """Whether all sites have the same."""
-        return len(self.betas) == 1
+        return ALL_SITES in self.betas
 
     def __str__(self) -> str:
         beta, c = (", ".join(f"{v:g}" for v in each.values()) for each in (self.betas, self.cs))
@@ -155,7 +161,7 @@ class RobustDialSearch:
     samples: Mapping[str, int]
     shared_samples: int
     seed: int
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, float] = field(compare=False)
     _install: Callable[[], Steering] = field(repr=False, compare=False)
 
     @property
@@ -225,9 +231,6 @@ class RobustDialSearch:
             f"{_yes(row.mean_within)}, {_yes(row.interval_within)}"
         )
         return told
-
-
-ORACLE = "oracle: chosen on test data"
 
 
 def _yes(value: bool) -> str:
