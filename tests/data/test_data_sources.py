@@ -333,6 +333,26 @@ def test_damaged_npz(damage: str, tmp_path: Path) -> None:
         load_data(f"npz:{path}")
 
 
+def test_rows_of_another_file(tmp_path: Path) -> None:
+    x, y = grey(6)
+    np.savez(tmp_path / "d.npz", images=x, labels=y)
+    rows = np.array([4, 1, 5])
+    np.savez(tmp_path / "other.npz", images=x[:3], labels=y[:3], place=rows)
+    address = f"npz:{tmp_path / 'd.npz'}?rows={tmp_path / 'other.npz'}:"
+    data = load_data(f"{address}place")["train"]
+    assert data.labels.tolist() == y[rows].tolist()
+    assert [data[i][0].tolist() for i in range(3)] == x[rows].tolist()
+    with pytest.raises(DataError, match=r"'absent' in .*got none"):
+        load_data(f"{address}absent")
+    with pytest.raises(DataError, match="row numbers 'images'"):
+        load_data(f"{address}images")
+    with pytest.raises(AddressError, match="rows="):
+        load_data(f"npz:{tmp_path / 'd.npz'}?order=1")
+    np.savez(tmp_path / "other.npz", place=np.array([0, 6]))
+    with pytest.raises(DataError, match=r"from 0 to 5 .*got 0 to 6"):
+        load_data(f"{address}place")
+
+
 # idx
 
 

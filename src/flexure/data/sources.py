@@ -9,17 +9,19 @@ import gzip
 import math
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from flexure.addresses import existing_path, first_line, look_up
+from flexure.addresses import existing_path, first_line, look_up, split_options
 from flexure.contracts import AddressError, DataError, DataLoader, LabelledData
+from flexure.data.batches import Subset
 from flexure.data.corrupted_files import OFFICIAL
 from flexure.data.generated import GENERATED, load_generated
 from flexure.data.images import SPLIT_NAMES, load_folder, load_hub
@@ -84,9 +86,19 @@ def _load_npz(rest: str) -> dict[str, LabelledData]:
     Names may carry a split before or after them (`x_train`, `test_images`); without one they are
     the training data. `jpeg` holds image files end to end, image i at `offsets[i]:offsets[i+1]`.
     `classes` may hold the names of the classes. Nothing is unpickled.
+
+    `npz:FILE?rows=OTHER.npz:NAME` gives the training data alone, row after row as the integers in
+    that array say: the versions here of the samples there, in their order.
     """
-    path = existing_path(rest, folder=False)
-    arrays = _read_npz(path)
+    name, options = split_options(rest, known=("rows",))
+    path = existing_path(name, folder=False)
+    splits = _npz_splits(_read_npz(path), path)
+    if "rows" in options:
+        return {"train": Subset(splits["train"], _rows(options["rows"], len(splits["train"])))}
+    return splits
+
+
+def _npz_splits(arrays: Mapping[str, np.ndarray[Any, Any]], path: Path) -> dict[str, LabelledData]:
     parts = {split: _npz_split(arrays, split, source=str(path)) for split in SPLIT_NAMES}
     found = {split: part for split, part in parts.items() if part is not None}
     if "train" not in found:
@@ -167,11 +179,30 @@ class _EncodedImages:
         return decode_image(encoded, name=f"image {index} of {self.source}")
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+def _rows(text: str, count: int) -> Tensor:
+    """The row numbers in the array `FILE.npz:NAME`, of `count` rows."""
+    file, _, name = text.rpartition(":")
+    found = _read_npz(existing_path(file, folder=False), wanted={name}).get(name)
+    if found is None or found.ndim != 1 or found.dtype.kind not in "iu" or not len(found):
+        raise DataError(
+            f"expected a list of row numbers {name!r} in {file}, got "
+            f"{'none' if found is None else f'{found.dtype} of shape {found.shape}'}; write "
+            f"rows=FILE.npz:NAME"
+        )
+    if found.min() < 0 or found.max() >= count:
+        raise DataError(
+            f"expected row numbers from 0 to {count - 1} in {text}, got {found.min()} to "
+            f"{found.max()}; choose the file that they belong to"
+        )
+    return torch.from_numpy(found.astype(np.int64))
+
+
+def _read_npz(path: Path, wanted: Collection[str] | None = None) -> dict[str, np.ndarray[Any, Any]]:
     """All arrays of the file that could matter; the rest is not even decompressed."""
+    if wanted is None:
+        wanted = {spelling for words in _SPELLINGS.values() for spelling in words} | {"classes"}
     try:
         with np.load(path, allow_pickle=False) as archive:
-            wanted = {spelling for words in _SPELLINGS.values() for spelling in words} | {"classes"}
             return {name: archive[name] for name in archive.files if name in wanted}
     # A plain .npy has no context manager (TypeError); pickled content is a ValueError.
     except (OSError, EOFError, ValueError, TypeError, BadZipFile, zlib.error, KeyError) as error:
