@@ -112,6 +112,21 @@ class Global:
         return x + eps * torch.randn_like(x).sign()
 
 
+def test_attacks_are_told_the_seed_and_their_place() -> None:
+    told = []
+
+    @dataclass(frozen=True)
+    class Told:
+        norm: str = "linf"
+
+        def run(self, model, x, y, *, eps, generator):
+            told.append((generator.stream, len(generator.each)))
+            return x
+
+    evaluated(attack=[Told(), Told()], batch_size=20, seed=-5)
+    assert told == [((-5, 0), 20), ((-5, 0), 12), ((-5, 1), 20), ((-5, 1), 12)]
+
+
 def test_progress_tells_of_every_batch() -> None:
     said: list[tuple[str, int, int]] = []
     found = evaluated(progress=lambda *told: said.append(told))
