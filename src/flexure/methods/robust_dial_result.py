@@ -63,7 +63,7 @@ class DialCandidate:
         dial: its position; None: the network as it was.
         stage: "plain", "shared", or "groups".
         clean: accuracy without an attack.
-        robust: radius -> accuracy under the attack of the search.
+        robust: radius -> accuracy under the attack of the search: at the chosen radius alone.
         objective: what the search maximises.
         allowed: whether the clean accuracy is as high as asked for.
     """

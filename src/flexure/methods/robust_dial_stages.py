@@ -79,7 +79,7 @@ class Stages:
         self, bench: DialBench, settings: DialSettings, reporter: ProgressReporter
     ) -> None:
         self._bench, self._settings, self._reporter = bench, settings, reporter
-        plain = bench(None, settings.all_radii)
+        plain = bench(None, ())
         self._objective = DialObjective(plain.clean, settings.clean_loss)
         self.candidates = [self._candidate(None, "plain", plain)]
 
@@ -87,7 +87,7 @@ class Stages:
         """Tries every shared dial."""
         grid = self._settings.grid()
         for done, dial in enumerate(grid, 1):
-            found = self._bench(dial, self._settings.all_radii)
+            found = self._bench(dial, ())
             self.candidates.append(self._candidate(dial, "shared", found))
             self._reporter("shared dials", done, len(grid))
 
