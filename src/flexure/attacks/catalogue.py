@@ -26,7 +26,7 @@ def _by_library(*makes: Callable[[str], Attack]) -> Callable[[str], tuple[Attack
 
 
 ATTACKS: Mapping[str, Callable[[str], tuple[Attack, ...]]] = {
-    "pgd": lambda norm: (PGD(norm=norm, until_misclassified=True),),
+    "pgd": lambda norm: (PGD(norm=norm, steps=20, until_misclassified=True),),
     "apgd-ce": _by_library(lambda norm: APGD(norm, "ce", steps=20)),
     "apgd-dlr": _by_library(lambda norm: APGD(norm, "dlr")),
     "apgd-t": _by_library(lambda norm: APGD(norm, "targeted")),
@@ -42,7 +42,7 @@ ATTACKS: Mapping[str, Callable[[str], tuple[Attack, ...]]] = {
 }
 """Name -> the attacks of that name in a norm, in their order.
 
-"apgd-ce" has 20 steps; the other names of AutoAttack's library have the settings of its standard
-version, as "autoattack" has: APGD on the cross-entropy, APGD targeted and FAB targeted (100 steps,
-one start, each of 9 targets), and Square (5000 queries).
+"pgd" and "apgd-ce" have 20 steps. The others have the settings of the standard version of
+AutoAttack's library, as "autoattack" has: APGD on the cross-entropy, APGD targeted and FAB targeted
+(100 steps, one start, each of 9 targets), and Square (5000 queries).
 """

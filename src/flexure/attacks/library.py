@@ -10,12 +10,18 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
 
-from flexure.attacks.library_model import LibraryModel, autoattack_library, seed_for
+from flexure.attacks.library_model import (
+    LibraryModel,
+    autoattack_library,
+    default_dtype,
+    seed_for,
+)
 from flexure.attacks.norms import check_eps
 from flexure.contracts import FlexureError
 from flexure.measuring import constant_parameters, unchanged_randomness
@@ -30,9 +36,6 @@ _LOGITS: Mapping[str, int] = {"ce": 2, "dlr": 3, "targeted": 4}
 
 _LOSSES: Mapping[str, str] = {"ce": "apgd-ce", "dlr": "apgd-dlr", "targeted": "apgd-t"}
 """Loss of APGD -> the name of the attack."""
-
-_SMALLEST = 5
-"""The library's l2 Square divides an image into five tiles a side: smaller ones it cannot."""
 
 
 @dataclass(frozen=True)
@@ -187,9 +190,10 @@ class FAB:
 class Square:
     """The Square attack (Andriushchenko et al. 2020): random windows of an image, no gradients.
 
-    Run by the AutoAttack library, as `APGD`. What is no image, and in l2 an image with a side below
-    5, is laid out as a square one, feature after feature; a last row and column, and what the
-    features do not fill, stay unused (the library's windows do not reach the last row and column).
+    Run by the AutoAttack library, as `APGD`. What is no image, and in l2 an image that the library
+    cannot divide into tiles (sides below 5, and a few others, such as 12 and 24), is laid out as a
+    square one, feature after feature; a last row and column, and what the features do not fill,
+    stay unused (the library's windows do not reach the last row and column).
 
     Attributes:
         norm: "linf" or "l2".
@@ -236,10 +240,23 @@ class Square:
         return found
 
     def _layout(self, x: Tensor) -> tuple[int, int] | None:
-        if x.dim() == 4 and (self.norm == "linf" or min(x.shape[2:]) >= _SMALLEST):
+        if x.dim() == 4 and (self.norm == "linf" or _tiled(*x.shape[2:])):
             return None
-        side = math.isqrt(x[0].numel() - 1) + 1
-        return side, max(side + 1, _SMALLEST)
+        filled = math.isqrt(x[0].numel() - 1) + 1
+        return filled, next(side for side in count(filled + 1) if _tiled(side, side))
+
+
+def _tiled(height: int, width: int) -> bool:
+    """Whether the tiles that the library's l2 Square starts from lie within an image.
+
+    Their side is a fifth of the height; they begin where five of them are in the middle, and there
+    are as many as fit an image from its edge. Those of one pixel may lie outside.
+    """
+    tile = height // 5
+    if min(height, width) < 5:
+        return False
+    start = (height - 5 * tile) // 2
+    return tile == 1 or all(start + side // tile * tile <= side for side in (height, width))
 
 
 def _run(
@@ -259,7 +276,11 @@ def _run(
         "verbose": False,
     }
     y = y.detach().to(x.device).long()
-    with unchanged_randomness(x.device), constant_parameters(model.model):
+    with (
+        unchanged_randomness(x.device),
+        constant_parameters(model.model),
+        default_dtype(torch.float32),
+    ):
         at = model.scaled(x)
         model.judge(at, y)
         found = attack.search(model, at.clone(), y, settings).detach()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -21,7 +23,7 @@ from flexure.attacks.draws import SampleGenerators
 from flexure.calling import check_logits, logits_of, margin
 from flexure.contracts import FlexureError
 
-__all__ = ["LibraryModel", "autoattack_library", "seed_for"]
+__all__ = ["LibraryModel", "autoattack_library", "default_dtype", "seed_for"]
 
 _RANDOM = 1e-4
 """Two outputs for one input, each of norm 1, that are farther apart than this are random."""
@@ -45,6 +47,17 @@ def seed_for(generator: Generator) -> int:
     if isinstance(generator, SampleGenerators):
         return generator.stream[0]
     return generator.initial_seed()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, tensors are of this dtype unless another is asked for; the library wants float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @dataclass
@@ -72,6 +85,7 @@ class LibraryModel:
     classes: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self.dtype = torch.get_default_dtype()
         self.low, self.high = limits_of(self.model, self.like.dtype)
         if not math.isfinite(self.high - self.low):
             raise FlexureError(
@@ -114,7 +128,8 @@ class LibraryModel:
         """
         if self.classes and not len(made):  # asked for where only draws are left of a batch
             return made.new_zeros(0, self.classes)
-        logits = logits_of(self.model(self.restored(made).clone()))
+        with default_dtype(self.dtype):
+            logits = logits_of(self.model(self.restored(made).clone()))
         self.classes = int(logits.shape[-1])
         return logits.clone().float()
 
