@@ -99,8 +99,8 @@ def search_robust_dial(
         bounds: lowest and highest value of inputs.
         norm: "linf" or "l2".
         eps: the radius that the dial is chosen for.
-        radii: others, for the curves; `eps` is added; None: those usual for the norm
-            (`attack_model.RADII`).
+        radii: others, for the curve and the report; `eps` is added; None: those usual for the
+            norm (`attack_model.RADII`).
         betas: of the shared dial, in [0, 1]; 1 is added.
         cs: of the shared dial, in [0, 1].
         groups: "layers" (by the outermost module), "sites" (each apart), or name -> patterns; None:

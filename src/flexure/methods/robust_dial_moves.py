@@ -46,6 +46,8 @@ def _evolutionary(start: Point, score: float, seed: int) -> Moves:
         gained = False
         for step in (change, -change):
             point = _allowed(best + step)
+            if point == _allowed(best):
+                continue  # none of the coordinates was drawn, or all are at an end
             if (found := (yield point)) > score:
                 best, score, gained = np.array(point), found, True
                 break
