@@ -36,6 +36,10 @@ def mlp() -> nn.Module:
     )
 
 
+def affine() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
 def convnet() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, 2),

@@ -23,6 +23,7 @@ from tests.attacks.masking_networks import (
     MASKS,
     Changed,
     NoiseForGradient,
+    affine,
     convnet,
     held_out,
     mlp,
@@ -32,12 +33,12 @@ from tests.attacks.masking_networks import (
 )
 from tests.measure.untouched import untouched
 
-QUICK = {"samples": 40, "steps": 8, "restarts": 1, "longer": 2, "queries": 60}
+QUICK = {"samples": 32, "steps": 8, "restarts": 1, "longer": 2, "targets": 2, "queries": 40}
 QUICK |= {"pictures": 2, "points": 5}
 
 
 def report(model: nn.Module, **settings) -> flexure.MaskingReport:
-    x, y = settings.pop("data", None) or held_out(40)
+    x, y = settings.pop("data", None) or held_out(32)
     chosen = {"eps": 0.1, "seed": 0, **QUICK, **settings}
     return flexure.masking_report(Bounded(model), x, y, **chosen)
 
@@ -52,7 +53,7 @@ def suspicious(found: flexure.MaskingReport) -> set[str]:
 @pytest.mark.parametrize("mask", MASKS)
 def test_masked_networks(mask: str) -> None:
     model = Changed(trained(mlp), **MASKS[mask]).train()
-    x, y = held_out(40)
+    x, y = held_out(32)
     with untouched(model, x, y):
         found = report(model, data=(x, y))
     assert found.verdict == "masked", str(found)
@@ -86,7 +87,7 @@ def test_honest_networks_in_l2_and_at_other_samples(seed: int) -> None:
     data = held_out(60, start=100)
     found = report(trained(mlp, 0.1), data=data, norm="l2", eps=0.5, seed=seed)
     assert found.verdict == "not masked", str(found)
-    assert len(found.samples) == 40
+    assert len(found.samples) == 32
 
 
 def test_robustness_is_no_masking() -> None:
@@ -138,14 +139,15 @@ def test_each_mask_shows_where_it_should() -> None:
         "ripple": {"loss surface", "growing eps"},
     }
     for mask, names in expected.items():
-        assert names <= suspicious(report(Changed(trained(mlp), **MASKS[mask]))), mask
+        found = report(Changed(trained(mlp), **MASKS[mask]), queries=200)
+        assert names <= suspicious(found), mask
 
 
 def test_gradients_and_slopes_of_an_affine_network() -> None:
     """Closed form: the margin of two classes is affine, and its gradient the same everywhere."""
     torch.manual_seed(0)
     layer = nn.Linear(16, 2).double()
-    x = torch.rand(40, 16, dtype=torch.float64) * 0.5 + 0.25
+    x = torch.rand(32, 16, dtype=torch.float64) * 0.5 + 0.25
     y = layer(x).argmax(1)
     w = (layer.weight[0] - layer.weight[1]).detach()
     sign = 1.0 - 2.0 * y
@@ -177,7 +179,7 @@ def test_gradients_and_slopes_of_an_affine_network() -> None:
 def test_the_surface_across_is_orthogonal_in_l2() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(16, 2).double()
-    x = torch.rand(40, 16, dtype=torch.float64) * 0.5 + 0.25
+    x = torch.rand(32, 16, dtype=torch.float64) * 0.5 + 0.25
     surface = report(layer, data=(x, layer(x).argmax(1)), norm="l2", eps=0.01).surface
     w = (layer.weight[0] - layer.weight[1]).detach()
     across = surface.losses[:, 2, :]
@@ -187,7 +189,7 @@ def test_the_surface_across_is_orthogonal_in_l2() -> None:
 
 
 def test_growing_radii_end_where_all_balls_meet() -> None:
-    x, y = held_out(40)
+    x, y = held_out(32)
     found = report(trained(mlp), data=(x, y))["growing eps"].numbers
     assert found["eps"][0] == 0.1
     assert found["eps"][-1] == pytest.approx(0.5)
@@ -202,7 +204,7 @@ def test_growing_radii_end_where_all_balls_meet() -> None:
 
 
 def test_inputs_without_bounds_meet_at_their_mean() -> None:
-    x, y = held_out(40)
+    x, y = held_out(32)
     model = Bounded(trained(mlp), bounds=None)
     found = flexure.masking_report(model, x, y, eps=0.1, seed=0, **QUICK)
     assert found.verdict == "undecided", str(found)
@@ -224,6 +226,14 @@ def test_transfer_finds_what_useless_gradients_leave() -> None:
     silent = report(honest, source=Bounded(Changed(copy.deepcopy(honest), **MASKS["detached"])))
     assert silent["transfer"].suspicious is silent["transfer back"].suspicious is None
     assert silent.verdict == "not masked"
+
+
+def test_targets_find_what_one_ascent_leaves() -> None:
+    """Square finds it too: without targets this honest network would be called masked."""
+    found = report(trained(affine, 0.1, 10), data=held_out(64), eps=0.15, samples=64, queries=300)
+    targets = found["targets"].numbers
+    assert targets["after"] < targets["before"]
+    assert found.verdict == "not masked", str(found)
 
 
 def test_noise_below_rounding_is_no_randomness() -> None:
@@ -299,7 +309,7 @@ def test_at_most_so_many_samples() -> None:
 def test_it_prints_a_table_and_its_reasons() -> None:
     found = report(trained(mlp))
     lines = str(found).splitlines()
-    assert lines[0].startswith("linf, eps 0.1, 40 samples: clean accuracy ")
+    assert lines[0].startswith("linf, eps 0.1, 32 samples: clean accuracy ")
     assert lines[-3] == "verdict: not masked"
     assert all(any(line.startswith(check.name) for line in lines) for check in found.checks)
     with pytest.raises(KeyError):

@@ -32,6 +32,7 @@ from flexure.attacks.masking_checks import (
 from flexure.attacks.masking_evidence import ALLOWED_BLIND, FEWEST_SAMPLES, fewest_that_exceed
 from flexure.attacks.masking_result import LossSurface, MaskingCheck, MaskingReport
 from flexure.attacks.masking_subject import Subject
+from flexure.attacks.masking_targets import TargetedPGD
 from flexure.attacks.norms import check_eps
 from flexure.attacks.pgd import PGD
 from flexure.contracts import FlexureError
@@ -54,6 +55,7 @@ def masking_report(
     steps: int = 20,
     restarts: int = 4,
     longer: int = 4,
+    targets: int = 5,
     queries: int = 1000,
     pictures: int = 4,
     points: int = 21,
@@ -84,6 +86,7 @@ def masking_report(
         steps: of projected gradient ascent.
         restarts: further ones, of the attack with several of them.
         longer: how many times as many steps the attack with more steps has.
+        targets: wrong classes that are tried one by one, the most likely ones.
         queries: of Square, a sample.
         pictures: samples whose loss surface is computed.
         points: of that surface, along each axis.
@@ -101,7 +104,7 @@ def masking_report(
         >>> report.verdict
         'not masked'
     """
-    plan = _Plan(norm, steps, restarts, longer, queries, pictures, points)
+    plan = _Plan(norm, steps, restarts, longer, targets, queries, pictures, points)
     if not check_eps(eps) or type(samples) is not int or samples < 1:
         raise FlexureError(
             f"expected eps above 0 and at least one of samples, got {eps!r} and {samples!r}; give "
@@ -133,6 +136,7 @@ class _Plan:
     steps: int
     restarts: int
     longer: int
+    targets: int
     queries: int
     pictures: int
     points: int
@@ -222,6 +226,10 @@ def _attacked(
         checks.append(check)
         attack, steps = plan.attack(longer=plan.longer), plan.longer * plan.steps
         check, withstood = check_effort(subject, attack, "steps", f"{steps} steps", withstood, 4)
+        checks.append(check)
+        targeted = TargetedPGD(plan.norm, plan.steps, plan.targets)
+        other = f"ascents to each of {plan.targets} likely classes"
+        check, withstood = check_effort(subject, targeted, "targets", other, withstood, 11)
         checks.append(check)
         accuracy = float(withstood.double().mean())
         growth = check_growth(subject, plan.attack(), once)

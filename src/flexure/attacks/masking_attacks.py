@@ -23,7 +23,7 @@ from flexure.attacks.masking_result import MaskingCheck
 from flexure.attacks.masking_subject import Subject
 from flexure.attacks.norms import norm_named
 from flexure.attacks.pgd import PGD
-from flexure.contracts import FlexureError
+from flexure.contracts import Attack, FlexureError
 
 __all__ = ["check_back", "check_effort", "check_growth", "check_square", "check_transfer"]
 
@@ -38,7 +38,7 @@ _BACK_SAMPLES = 10
 
 
 def check_effort(
-    subject: Subject, more: PGD, name: str, what: str, withstood: Tensor, key: int
+    subject: Subject, more: Attack, name: str, what: str, withstood: Tensor, key: int
 ) -> tuple[MaskingCheck, Tensor]:
     """Whether a gradient attack of more effort finds much more.
 

@@ -38,8 +38,8 @@ them: what one of finitely many steps may leave. Of one that has converged Carli
 expect none."""
 
 ALLOWED_EFFORT = 0.1
-"""Share of the samples that more restarts, or more steps, may find: an attack that gains more than
-that has not converged, and says little of the network."""
+"""Share of the samples that more restarts, steps or targets may find: an attack that gains more has
+not converged, and says little of the network."""
 
 ALLOWED_STUCK = 0.05
 """Share of the samples that an attack may leave at a radius where none but one class can be
