@@ -53,7 +53,9 @@ def at_radius(
         alone = left & ~beaten if words.get("every") else None
         seconds = 0.5 * len(rows)
         stages.append(AttackStage(name, robust, tried, beaten, seconds, alone, warned))
-    return AttackedAt(norm, eps, robust, tuple(stages), 0, words.get("protocol", "standard"))
+    protocol = words.get("protocol", "standard")
+    reached = None if protocol == "standard" else (2.5, 0.61)
+    return AttackedAt(norm, eps, robust, tuple(stages), 0, protocol, reached)
 
 
 def attacked(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flexure.attacks.bounded import Bounded
 from flexure.attacks.evaluate import Robustness, robust_accuracy
+from flexure.attacks.published import PublishedRobustness
 from flexure.calling import evaluating, logits_of
 from flexure.contracts import Attack
 from flexure.methods.attack_model_result import (
@@ -153,7 +154,11 @@ class Bench:
         stages = self._stages(run, found, rows, left, beaten)
         robust = stages[-1].robust
         kept = self._kept(found, rows, stages, left, task, eps)
-        return AttackedAt(task.norm, eps, robust, stages, carried, task.protocol), kept
+        reached = None
+        if isinstance(found, PublishedRobustness):
+            reached = (found.largest, found.largest_in_pixels)
+        at = AttackedAt(task.norm, eps, robust, stages, carried, task.protocol, reached)
+        return at, kept
 
     def _evaluated(self, run: _Run, eps: float, rows: Tensor) -> Robustness:
         task, told = run.task, f"{run.name}: {run.task.norm} {radius_text(eps, run.task.norm)}"

@@ -87,6 +87,8 @@ class AttackedAt:
         carried: right samples that were beaten at a smaller radius of the norm already, and so are
             at this one.
         protocol: "standard", or "published": not an l_p robustness.
+        reached: of the published protocol, how far its changes really go: the largest of normalised
+            inputs, and in units of the inputs; None: all are within `eps`.
     """
 
     norm: str
@@ -95,6 +97,7 @@ class AttackedAt:
     stages: tuple[AttackStage, ...]
     carried: int = 0
     protocol: str = "standard"
+    reached: tuple[float, float] | None = None
 
     @property
     def accuracy(self) -> Share:

@@ -59,9 +59,10 @@ _CASCADE = (
     "is the accuracy after its attack and all before it, and no attack's accuracy alone."
 )
 _PUBLISHED_IS = (
-    "The published code of Curvature Tuning attacks in the space of normalised inputs, without "
-    "pixel bounds there. Its radius is therefore no radius in pixels, and these numbers are no l_p "
-    "robustness: they are here for comparison with that paper alone."
+    "The published code of Curvature Tuning changes normalised inputs and clamps them to [0, 1], "
+    "as if those were pixels. Most of what changes is the clamp's doing, and lies outside of the "
+    "ball of the radius: these numbers are no l_p robustness, and are here for comparison with "
+    "that paper alone. The table tells how far the changes really go."
 )
 
 
@@ -199,10 +200,12 @@ def published_sections(found: AttackReport) -> list[Section]:
     groups = [group for group in _groups(found) if group.protocol == PUBLISHED]
     if not groups:
         return []
-    columns = ("model", "norm", "radius as published", "published protocol, % right",
+    columns = ("model", "norm", "radius as published", "largest change, normalised",
+               "largest change, input units", "published protocol, % right",
                "standard at the same number, % right")  # fmt: skip
     rows = [
         (group.model.name, NORMS.get(at.norm, at.norm), radius_text(at.eps, at.norm),
+         *((None, None) if at.reached is None else (f"{size:.3g}" for size in at.reached)),
          share_text(at.accuracy), share_text(_standard(group.model, at)))
         for group in groups
         for at in group.model.at
