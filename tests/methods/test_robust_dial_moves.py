@@ -36,7 +36,8 @@ def run(
 
 
 def test_layers_of_a_residual_network() -> None:
-    model = flexure.load_model("flexure:resnet20").model
+    with pytest.warns(UserWarning, match="random weights"):
+        model = flexure.load_model("flexure:resnet20").model
     names = [site.name for site in flexure.sites(model, torch.zeros(2, 3, 32, 32)).sites]
     groups = site_groups(names, "layers")
     sizes = {TOP_LEVEL: 1, "layer1": 6, "layer2": 6, "layer3": 6}
