@@ -29,6 +29,7 @@ __all__ = [
     "dial_text",
     "group_sections",
     "map_sections",
+    "points_of",
     "radius_of",
 ]
 
@@ -51,6 +52,12 @@ def dial_text(dial: RobustDial | None) -> str:
         parts.append(f"{name} = {low:.4g}" if low == high else f"{name} {low:.3g} to {high:.3g}")
     groups = max(len(dial.betas), len(dial.cs))
     return f"{', '.join(parts)}" + (f" by {groups} groups" if groups > 1 else "") + f", {kept}"
+
+
+def points_of(found: RobustDialSearch) -> str:
+    """The loss of clean accuracy that was accepted, in words."""
+    points = 100 * found.clean_loss
+    return f"{points:g} point{'s' * (points != 1)}"
 
 
 def best_shared(found: RobustDialSearch) -> DialCandidate | None:
@@ -101,11 +108,12 @@ def group_sections(found: RobustDialSearch) -> list[Section]:
 def map_sections(found: RobustDialSearch) -> list[Section]:
     """Robust accuracy over both dials, one map a calibration; none where one dial was searched."""
     shared = [one for one in found.candidates if one.stage == "shared" and one.dial is not None]
+    values = [100 * one.robust[found.eps] for one in (found.plain, *shared)]
+    ends = (min(values), max(values))  # one colour for one accuracy in all maps
     pictures = []
     for match in dict.fromkeys(one.dial.match for one in shared if one.dial is not None):
-        picture = _map(
-            found, [one for one in shared if one.dial and one.dial.match == match], match
-        )
+        some = [one for one in shared if one.dial is not None and one.dial.match == match]
+        picture = _map(found, some, match, ends)
         pictures += [] if picture is None else [picture]
     if not pictures:
         return []
@@ -113,10 +121,10 @@ def map_sections(found: RobustDialSearch) -> list[Section]:
         Section(
             "Both dials",
             pictures=tuple(pictures),
-            caption=f"Accuracy under {found.attack} on validation data, {radius_of(found)}, all "
-            f"sites with one dial. ×: without an attack it loses more than "
-            f"{100 * found.clean_loss:g} % to the plain network, and may not be chosen. The "
-            f"frame is the best that may. At beta = 1, c has no effect.",
+            caption=f"Accuracy under the attack of the search on validation data, "
+            f"{radius_of(found)}, all sites with one dial. ×: without an attack it loses more than "
+            f"{points_of(found)} to the plain network, and may not be chosen. The frame is the "
+            f"best that may. At beta = 1, c has no effect.",
         )
     ]
 
@@ -149,10 +157,10 @@ def candidate_sections(found: RobustDialSearch) -> list[Section]:
         Section(
             "What the choice rests on",
             pictures=(picture,),
-            caption=f"On {found.samples['val']} validation samples, by {found.attack}. A choice "
-            "must not be left of the dashed line. Of the others the one of highest objective is "
-            "chosen: robust accuracy and, since that moves in steps of one sample, margins under "
-            "attack.",
+            caption=f"On {found.samples['val']} validation samples, by the attack of the search. A "
+            "choice must not be left of the dashed line. Of the others the one of highest "
+            "objective is chosen: robust accuracy and, since that moves in steps of one sample, "
+            "margins under attack.",
         )
     ]
 
@@ -168,7 +176,10 @@ def _sites(names: Sequence[str]) -> str:
 
 
 def _map(
-    found: RobustDialSearch, some: Sequence[DialCandidate], match: str | None
+    found: RobustDialSearch,
+    some: Sequence[DialCandidate],
+    match: str | None,
+    ends: tuple[float, float],
 ) -> Picture | None:
     import numpy as np
 
@@ -189,6 +200,6 @@ def _map(
     dial = None if best is None else best.dial
     return dial_map(
         betas, cs, values, title="Not calibrated" if match is None else f"Calibrated: {match}",
-        value="accuracy under attack (%)", barred=barred,
+        value="accuracy under attack (%)", barred=barred, ends=ends,
         chosen=None if dial is None else (dial.betas[ALL_SITES], dial.cs[ALL_SITES]),
     )  # fmt: skip

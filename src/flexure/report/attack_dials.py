@@ -25,6 +25,7 @@ from flexure.report.attack_dial_search import (
     dial_text,
     group_sections,
     map_sections,
+    points_of,
     radius_of,
 )
 from flexure.report.attack_lines import Line, Mark, labelled_lines
@@ -129,10 +130,10 @@ def _test_sentences(found: RobustDialSearch) -> list[str]:
 def _loss_text(found: RobustDialSearch, row: DialRow) -> str:
     """Whether the clean accuracy that was asked for is kept, and how surely."""
     if row.interval_within:
-        return f"The loss is within {_points(found)} by the interval, too."
+        return f"The loss is within {points_of(found)} by the interval, too."
     if row.mean_within:
-        return f"The loss is within {_points(found)} in the mean; the interval goes beyond."
-    return f"The loss is beyond {_points(found)}."
+        return f"The loss is within {points_of(found)} in the mean; the interval goes beyond."
+    return f"The loss is beyond {points_of(found)}."
 
 
 def _overlap(found: RobustDialSearch) -> list[str]:
@@ -170,7 +171,7 @@ def _row_sections(found: RobustDialSearch) -> list[Section]:
             caption=f"Each dial was chosen on validation data, and is the best of its kind there."
             f"{oracle} Attack: {found.report_attack}. Bars and brackets: 95 % intervals over "
             f"samples; differences to the plain network are paired sample by sample, in points. "
-            f"Loss within {_points(found)}: of the mean, and of the interval's lower end.",
+            f"Loss within {points_of(found)}: of the mean, and of the interval's lower end.",
         ),
         Section(
             "The chosen dials at every radius",
@@ -212,11 +213,6 @@ def _radius_table(found: RobustDialSearch, rows: Sequence[DialRow]) -> Table:
     return table_of(columns, cells, *columns[1:])
 
 
-def _points(found: RobustDialSearch) -> str:
-    points = 100 * found.clean_loss
-    return f"{points:g} point{'s' * (points != 1)}"
-
-
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
@@ -245,7 +241,7 @@ def _curve_sections(found: RobustDialSearch) -> list[Section]:
         Section(
             "Accuracy against beta",
             pictures=(picture,),
-            caption=f"On test data, by {found.attack}, all sites with one dial: "
+            caption=f"On test data, by the attack of the search, all sites with one dial: "
             f"{_curve_setting(points)}. Bands are 95 % intervals over samples. The lines are what "
             f"the dial does, not what it was chosen by; the stressed one is the radius that it "
             f"was chosen for.",

@@ -118,6 +118,7 @@ def dial_map(
     value: str,
     chosen: tuple[float, float] | None = None,
     barred: Any = None,
+    ends: tuple[float, float] | None = None,
 ) -> Picture:
     """A value over both dials, as colours with numbers.
 
@@ -129,6 +130,7 @@ def dial_map(
         value: what it is, with its unit.
         chosen: beta and c of the choice.
         barred: (cs, betas) bool: settings that must not be chosen, with a cross after the number.
+        ends: of the colours, for maps beside each other; default: those of the values.
     """
     import matplotlib
     import numpy as np
@@ -141,7 +143,8 @@ def dial_map(
     if not found.size:
         raise FlexureError("expected at least one value to draw, got none")
     low, high = float(found.min()), float(found.max())
-    drawn = axes.imshow(heights, cmap=colours, vmin=low, vmax=high or 1.0, aspect="auto",
+    least, largest = ends or (low, high)
+    drawn = axes.imshow(heights, cmap=colours, vmin=least, vmax=largest or 1.0, aspect="auto",
                         origin="lower", interpolation="none")  # fmt: skip
     if heights.size <= _MOST_TEXT:
         for row, column in np.argwhere(np.isfinite(heights)).tolist():
