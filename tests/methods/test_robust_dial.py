@@ -240,6 +240,15 @@ def test_results_are_text_and_json(found: RobustDialSearch) -> None:
         found.eps = 1.0  # type: ignore[misc]
 
 
+def test_dials_of_many_groups_are_told_by_their_range() -> None:
+    betas = {str(k): 0.5 + 0.1 * k for k in range(5)}
+    many = RobustDial(betas, dict.fromkeys(betas, 0.2), "mean")
+    assert str(many) == "beta 0.5 to 0.9 in 5 groups; c 0.2 to 0.2 in 5 groups; calibrated on mean"
+    assert not many.shared
+    two = RobustDial({"a": 0.5, "b": 1.0}, {"a": 0.0, "b": 0.5}, None)
+    assert str(two) == "beta 0.5, 1; c 0, 0.5; not calibrated"
+
+
 def test_the_model_is_left_as_it_was(
     network: nn.Module, splits: dict[str, tuple[Tensor, Tensor]]
 ) -> None:

@@ -29,6 +29,8 @@ __all__ = [
 ORACLE = "oracle: chosen on test data"
 """What a row is called that no honest choice could have made."""
 
+_MOST_LISTED = 4
+
 
 @dataclass(frozen=True)
 class RobustDial:
@@ -50,7 +52,7 @@ class RobustDial:
         return ALL_SITES in self.betas
 
     def __str__(self) -> str:
-        beta, c = (", ".join(f"{v:g}" for v in each.values()) for each in (self.betas, self.cs))
+        beta, c = (_listed(list(each.values())) for each in (self.betas, self.cs))
         kept = "not calibrated" if self.match is None else f"calibrated on {self.match}"
         return f"beta {beta}; c {c}; {kept}"
 
@@ -231,6 +233,13 @@ class RobustDialSearch:
             f"{_yes(row.mean_within)}, {_yes(row.interval_within)}"
         )
         return told
+
+
+def _listed(values: Sequence[float]) -> str:
+    """Values in words; of many, their range."""
+    if len(values) > _MOST_LISTED:
+        return f"{min(values):g} to {max(values):g} in {len(values)} groups"
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def _yes(value: bool) -> str:
