@@ -100,6 +100,8 @@ def test_every_tells_the_accuracy_under_each_attack_alone(data) -> None:
         assert torch.equal(other.alone, model.clean & ~beaten)
         assert torch.equal(at.robust, strong.alone & other.alone)
     assert int(model.at[-1].stages[1].alone.sum()) > int(model.at[-1].robust.sum())
+    assert "alone" in found.rows()[1]
+    assert "alone" not in quick.rows()[1]
     accuracy = [at.accuracy.value for at in quick.models[0].at]
     assert [at.accuracy.value for at in model.at] == pytest.approx(accuracy, abs=0.1)
 
@@ -164,6 +166,30 @@ def test_normalisation_moves_inside(data) -> None:
         assert torch.equal(mine.robust, own.robust)
     given = Bounded(Normalised(), mean=(0.5,), std=(0.25,), bounds=(0.0, 1.0))
     assert attacked(data, model=given).settings["mean"].tolist() == [0.5]
+
+
+def test_the_published_protocol_stands_beside(data) -> None:
+    given = Bounded(network(), mean=(0.5,), std=(0.25,))
+    x, _ = data
+    y = given(x).argmax(1)
+    found = attacked((x, y), model=given, protocol=("standard", "published"))
+    plain = attacked((x, y), model=given)
+    standard = [at for at in found.models[0].at if at.protocol == "standard"]
+    for mine, own in zip(standard, plain.models[0].at, strict=True):
+        assert torch.equal(mine.robust, own.robust)
+        assert mine.reached is None
+    published = [at for at in found.models[0].at if at.protocol == "published"]
+    assert [(at.norm, at.eps) for at in published] == [(at.norm, at.eps) for at in standard]
+    for at in published:
+        assert at.reached[0] > 2 * at.eps
+        (stage,) = at.stages
+        assert torch.equal(stage.tried, found.models[0].clean)  # nothing is carried over
+        one = robust_accuracy(
+            given, x, y, attack="pgd", norm=at.norm, eps=at.eps, seed=3, protocol="published"
+        )
+        assert torch.equal(at.robust, one.robust)
+    assert "not an l_p robustness" in str(found)
+    assert not any(norm == "published" for norm in found.examples.norms)
 
 
 def test_batches_are_the_same_as_one_pair(data) -> None:

@@ -68,12 +68,12 @@ class PlainAttack:
         count = SAMPLES if subject.samples is None else subject.samples
         chosen, split = drawn(load_data(subject.data), subject.split, count, subject.seed)
         own = space(loaded, chosen)
-        warn_of(own, loaded)
         ready = partial(batches, batch_size=subject.batch_size, device=subject.device, cache=True)
         given = ready(chosen, preprocess=own.prepare)
         for each in (loaded, other):
             if each is not None:
                 check_takes(each, given)
+        warn_of(own, loaded)
         pair = side_by_side(loaded, other, dials, subject.adapter, given, beside_adapter=True)
         theirs = own if other is None else space(other, chosen)
         found = attack_model(

@@ -135,13 +135,13 @@ class Sweep:
         loaded = load(subject.model, subject.device)
         parts = halves(load_data(subject.data), self.sizes, subject.seed)
         own = space(loaded, parts.val)
-        warn_of(own, loaded)
         ready = partial(
             batches, preprocess=own.prepare, batch_size=subject.batch_size, device=subject.device,
             cache=True,
         )  # fmt: skip
         val, test = ready(parts.val), ready(parts.test)
         check_takes(loaded, val)
+        warn_of(own, loaded)
         found = search_robust_dial(
             loaded.model,
             val=val,

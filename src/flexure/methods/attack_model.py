@@ -26,7 +26,12 @@ from flexure.attacks.norms import check_eps, norm_named
 from flexure.contracts import Attack, Batches, DataError, FlexureError
 from flexure.measure.certificates import Certificates, certified_radius
 from flexure.methods.attack_model_bench import Bench, Task
-from flexure.methods.attack_model_result import AttackedModel, AttackReport, CertifiedShare
+from flexure.methods.attack_model_result import (
+    AttackedModel,
+    AttackReport,
+    CertifiedShare,
+    radius_text,
+)
 from flexure.methods.attack_model_shares import share
 from flexure.methods.features import device_of
 from flexure.methods.samples import read_samples
@@ -156,8 +161,8 @@ def attack_model(
         "attacks": [each if isinstance(each, str) else repr(each) for each in attacks],
         "eps": {norm: sorted(set(radii)) for norm, radii in eps.items()},
         "protocol": [protocol] if isinstance(protocol, str) else list(protocol),
-        "seed": seed, "batch_size": batch_size, "mean": bounded.mean, "std": bounded.std,
-        "bounds": bounded.bounds,
+        "every": every, "seed": seed, "batch_size": batch_size,
+        "mean": bounded.mean, "std": bounded.std, "bounds": bounded.bounds,
     }  # fmt: skip
     return AttackReport(
         found,
@@ -300,7 +305,12 @@ def _notes(found: Sequence[AttackedModel], tasks: Sequence[Task]) -> Iterator[st
                 said |= dict.fromkeys(f"{stage.name}: {text}" for text in stage.warnings)
         yield from (f"{model.name}: {text}" for text in said)
     if any(not task.carries for task in tasks):
+        told = (
+            f"{at.reached[0]:.3g} for {radius_text(at.eps, at.norm)} in {at.norm}"
+            for at in found[0].at
+            if at.reached is not None
+        )
         yield (
-            "published: attacked in the space of normalised inputs, as Curvature Tuning's code "
-            "does; not an l_p robustness"
+            f"published: attacked in the space of normalised inputs, as Curvature Tuning's code "
+            f"does; not an l_p robustness: its largest changes: {', '.join(told) or 'none'}"
         )

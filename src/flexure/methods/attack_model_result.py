@@ -312,6 +312,9 @@ class AttackReport:
         if stage is not None:
             per = (stage.seconds_per_attacked, stage.seconds_per_survivor)
             told = (str(int(stage.tried.sum())), str(stage.found), *map(_seconds, per))
+        if self.settings.get("every"):
+            alone = None if stage is None else stage.alone
+            cells["alone"] = "" if alone is None else str(share(alone))
         names = ("attacked", "found", "s/attacked", "s/survivor")
         return cells | dict(zip(names, told, strict=True))
 
