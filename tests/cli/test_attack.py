@@ -202,6 +202,35 @@ def test_a_sweep_chooses_and_saves_a_dial(attack, address, page, tmp_path: Path)
         flexure.load_adapter(loaded.model, out / "adapter")
 
 
+def test_after_a_sweep_its_dial_is_attacked_on_what_it_reported_on(attack, data, tmp_path) -> None:
+    code, text, err = attack(*SWEEP, "--json", out="swept")
+    assert (code, err) == (0, "")
+    swept = json.loads(text)
+    after = ("--after", str(tmp_path / "swept"))
+    if swept["numbers"]["chosen"]["dial"] is None:
+        pytest.fail("this sweep is to choose a dial; change its settings")
+    code, text, err = attack("--attack", "pgd", "--eps", "1/255", *after, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(text)
+    assert found["config"]["samples"] == swept["config"]["sizes"]["test"] == 20
+    row = next(
+        r for r in swept["numbers"]["rows"] if r["dial"] == swept["numbers"]["chosen"]["dial"]
+    )
+    clean = [sum(model["clean"]) for model in found["numbers"]["models"]]
+    plain = swept["numbers"]["rows"][0]
+    assert clean == [round(20 * each["clean"]["value"]) for each in (row, plain)]
+    shift = ("--shift", f"same={data}")
+    code, text, err = attack(*CORRUPT, *after, *shift, "--json", out="corrupted")
+    assert (code, err) == (0, "")
+    assert json.loads(text)["config"]["samples"] == 20
+    code, _, err = attack(*after, "--steer", "0.5")
+    assert code == 2
+    assert "--after alone" in err
+    code, _, err = attack("--after", str(tmp_path))
+    assert code == 2
+    assert "finished sweep" in err
+
+
 def test_a_sweep_chooses_on_other_samples_than_it_reports_on() -> None:
     images = np.zeros((60, 4, 4, 3), dtype=np.uint8)
     labels = np.arange(60) % 3
@@ -218,7 +247,8 @@ def test_a_sweep_chooses_on_other_samples_than_it_reports_on() -> None:
     assert parts.val.data is parts.test.data is test
     three = {"train": one, "validation": one, "test": test}
     parts = halves(three, {"val": None, "test": 12}, 3)
-    assert parts.val is one
+    assert parts.val.data is one
+    assert len(parts.val) == 60
     assert len(parts.test) == 12
 
 

@@ -14,7 +14,7 @@ from flexure.attacks.catalogue import ATTACKS
 from flexure.cli.attack_corruptions import Corruptions
 from flexure.cli.attack_jobs import Job, Subject, perform
 from flexure.cli.attack_plain import SAMPLES, PlainAttack, radii_of
-from flexure.cli.attack_sweep import NONE, Sweep
+from flexure.cli.attack_sweep import NONE, Sweep, Swept
 from flexure.cli.chosen import SPLITS
 from flexure.cli.common import AsJson, BatchSize, Device, Model, Resume, Seed, Size
 from flexure.contracts import FlexureError
@@ -62,6 +62,13 @@ def attack(
         typer.Option(
             help="Folder of a saved adapter to put into MODEL first; without --against it is "
             "compared with itself without."
+        ),
+    ] = None,
+    after: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a finished --sweep of MODEL: its dial, on the samples that it reported "
+            "on."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("flexure-attack"),
@@ -235,8 +242,15 @@ def attack(
             betas=betas, cs=cs, match=match, groups=groups, search=search, budget=budget,
             clean_loss=clean_loss, val_size=val_size, test_size=test_size,
         )  # fmt: skip
+    if after is not None:
+        if any(each is not None for each in (steer, adapter, split)):
+            raise FlexureError(
+                "expected --after alone to say what is attacked, got --steer, --adapter or --split "
+                "too; leave them out"
+            )
+        adapter = Swept.read(after).adapter
     subject = Subject(
-        model, data, out, against, steer, adapter, split, samples, device, batch_size, seed,
+        model, data, out, against, steer, adapter, after, split, samples, device, batch_size, seed,
         resume, as_json,
     )  # fmt: skip
     perform(job, subject)
@@ -246,7 +260,7 @@ _OF_SWEEP = {"target", "betas", "cs", "match", "groups", "search", "budget", "cl
              "val_size", "test_size"}  # fmt: skip
 _OF_CORRUPTIONS = {"corruption", "severities", "corruption_files", "shift"}
 _OF_ATTACKS = {"attacks", "eps", "every", "masking", "certify", "protocol"}
-_OF_ONE_SPLIT = {"against", "steer", "adapter", "split", "samples"}
+_OF_ONE_SPLIT = {"against", "steer", "adapter", "after", "split", "samples"}
 
 _REFUSED = {
     (False, False): _OF_SWEEP | _OF_CORRUPTIONS,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from flexure.cli.attack_jobs import Done, Subject
-from flexure.cli.chosen import SPLITS, dials_of, drawn, numbers, side_by_side
+from flexure.cli.attack_sweep import samples_of
+from flexure.cli.chosen import SPLITS, dials_of, numbers, side_by_side
 from flexure.cli.common import check_takes, load
 from flexure.contracts import DataError, FlexureError, LabelledData
 from flexure.data import Subset, batches, load_data
@@ -81,6 +82,7 @@ class Corruptions:
         )
         config = {
             "against": subject.against, "steer": subject.steer, "adapter": subject.adapter,
+            "after": subject.after,
             "names": pair.names, "split": split, "samples": len(chosen), "shifts": self.shifts,
         }  # fmt: skip
         return Done(found, loaded, config)
@@ -94,7 +96,7 @@ class Corruptions:
     def _chosen(self, data: dict[str, LabelledData], subject: Subject) -> tuple[Subset, str]:
         """All images, or so many; of official files the first ones, which theirs begin with."""
         count = _ALL if subject.samples is None else subject.samples
-        found, split = drawn(data, subject.split, count, subject.seed)
+        found, split = samples_of(subject, data, count)
         first = torch.arange(len(found))
         rows = found.indices.sort().values if self.settings["sources"] is None else first
         return Subset(found.data, rows), split

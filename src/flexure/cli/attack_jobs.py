@@ -35,6 +35,7 @@ class Subject:
     against: str | None
     steer: str | None
     adapter: Path | None
+    after: Path | None
     split: str | None
     samples: int | None
     device: str

@@ -12,7 +12,8 @@ from torch import nn
 
 from flexure.attacks.bounded import Bounded
 from flexure.cli.attack_jobs import Done, Subject, fraction, warn_of
-from flexure.cli.chosen import Space, dials_of, drawn, side_by_side, space
+from flexure.cli.attack_sweep import samples_of
+from flexure.cli.chosen import Space, dials_of, side_by_side, space
 from flexure.cli.common import check_takes, load
 from flexure.contracts import FlexureError
 from flexure.data import batches, load_data
@@ -66,7 +67,7 @@ class PlainAttack:
         loaded = load(subject.model, subject.device)
         other = None if subject.against is None else load(subject.against, subject.device)
         count = SAMPLES if subject.samples is None else subject.samples
-        chosen, split = drawn(load_data(subject.data), subject.split, count, subject.seed)
+        chosen, split = samples_of(subject, load_data(subject.data), count)
         own = space(loaded, chosen)
         ready = partial(batches, batch_size=subject.batch_size, device=subject.device, cache=True)
         given = ready(chosen, preprocess=own.prepare)
@@ -89,6 +90,7 @@ class PlainAttack:
         )
         config = {
             "against": subject.against, "steer": subject.steer, "adapter": subject.adapter,
+            "after": subject.after,
             "names": pair.names, "split": split, "samples": len(chosen),
         }  # fmt: skip
         return Done(found, loaded, config, {"classes": chosen.classes})

@@ -1,20 +1,24 @@
 """`flexure attack --sweep`: the dial for robustness, chosen on one half and reported on the other.
 
-The options are those of `attack.py`; what is searched, and how, is the library's business.
+And what is done with it `--after`. The options are those of `attack.py`; what is searched, and how,
+is the library's business.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flexure.attacks.catalogue import ATTACKS
 from flexure.attacks.norms import norm_named
 from flexure.cli.attack_jobs import Done, Subject, fraction, warn_of
-from flexure.cli.chosen import SPLITS, numbers, space
+from flexure.cli.chosen import SPLITS, drawn, numbers, space
 from flexure.cli.common import check_takes, load
 from flexure.contracts import FlexureError, LabelledData
 from flexure.data import Subset, batches, load_data, stratified_split
@@ -22,7 +26,7 @@ from flexure.methods.robust_dial import search_robust_dial
 from flexure.methods.robust_dial_moves import SEARCHES
 from flexure.methods.robust_dial_result import RobustDialSearch
 
-__all__ = ["NONE", "Halves", "Sweep", "halves"]
+__all__ = ["NONE", "Halves", "Sweep", "Swept", "halves", "samples_of"]
 
 NONE = "none"
 """Of groups, of the search, of calibration: there is none."""
@@ -34,10 +38,15 @@ _SHARE = 0.5  # of the samples that dials are chosen on, where no number is give
 
 @dataclass(frozen=True)
 class Halves:
-    """What dials are chosen on, and what they are reported on; no sample is in both."""
+    """What dials are chosen on, and what they are reported on; no sample is in both.
 
-    val: LabelledData
-    test: LabelledData
+    Attributes:
+        split: of the data, that the test samples are from.
+    """
+
+    val: Subset
+    test: Subset
+    split: str
 
 
 def halves(data: Mapping[str, LabelledData], sizes: Mapping[str, int | None], seed: int) -> Halves:
@@ -50,21 +59,91 @@ def halves(data: Mapping[str, LabelledData], sizes: Mapping[str, int | None], se
         DataError: sizes that do not fit.
     """
     if "validation" in data and "test" in data:
-        return Halves(*(_taken(data[name], sizes[key], seed)
-                        for name, key in (("validation", "val"), ("test", "test"))))  # fmt: skip
-    pool = data[next(name for name in SPLITS if name in data)]
+        val, test = (_taken(data[name], sizes[key], seed)
+                     for name, key in (("validation", "val"), ("test", "test")))  # fmt: skip
+        return Halves(val, test, "test")
+    split = next(name for name in SPLITS if name in data)
+    pool = data[split]
     first, second = sizes["val"], sizes["test"]
     if first is None:
         first = round(_SHARE * len(pool)) if second is None else len(pool) - second
     if second is None:
         second = len(pool) - first
-    val, test = stratified_split(pool.labels, [first, second], seed=seed)
-    return Halves(Subset(pool, val), Subset(pool, test))
+    rows = stratified_split(pool.labels, [first, second], seed=seed)
+    return Halves(Subset(pool, rows[0]), Subset(pool, rows[1]), split)
 
 
-def _taken(data: LabelledData, size: int | None, seed: int) -> LabelledData:
+@dataclass(frozen=True)
+class Swept:
+    """A finished sweep, as its folder tells of it.
+
+    Attributes:
+        folder: of its results.
+        config: what it was told.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Swept:
+        """From the folder of its results.
+
+        Raises:
+            FlexureError: there is no finished sweep, or it chose the network as it was.
+        """
+        try:
+            config = json.loads((folder / "results.json").read_text())["config"]
+            found = cls(folder, {name: config[name] for name in ("model", "data", *_SPLIT)})
+        except (OSError, ValueError, KeyError, TypeError):
+            raise FlexureError(
+                f"expected --after to name the folder of a finished sweep, got {str(folder)!r}; "
+                f"run flexure attack --sweep --out {folder}"
+            ) from None
+        if not found.adapter.exists():
+            raise FlexureError(
+                f"expected the sweep in {str(folder)!r} to have chosen a dial, got the network as "
+                f"it was; attack that without --after"
+            )
+        return found
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the dial that it chose."""
+        return self.folder / "adapter"
+
+    def test(self, data: Mapping[str, LabelledData]) -> tuple[Subset, str]:
+        """What it reported on, and the split that this is of."""
+        found = halves(data, *(self.config[name] for name in _SPLIT))
+        return found.test, found.split
+
+    def check(self, subject: Subject) -> None:
+        """Refuses another model, or other data."""
+        for name, given in (("model", subject.model), ("data", subject.data)):
+            if given != self.config[name]:
+                raise FlexureError(
+                    f"expected the {name} of the sweep, {self.config[name]}, got {given}; give the "
+                    f"same, or --adapter {self.adapter}"
+                )
+
+
+_SPLIT = ("sizes", "split_seed")  # of a sweep's record: what `halves` is told
+
+
+def samples_of(subject: Subject, data: dict[str, LabelledData], count: int) -> tuple[Subset, str]:
+    """So many samples in a random order, and their split: all, or those a sweep reported on."""
+    if subject.after is None:
+        return drawn(data, subject.split, count, subject.seed)
+    swept = Swept.read(subject.after)
+    swept.check(subject)
+    part, split = swept.test(data)
+    chosen, _ = drawn({split: part}, split, count, subject.seed)
+    return Subset(part.data, part.indices[chosen.indices]), split
+
+
+def _taken(data: LabelledData, size: int | None, seed: int) -> Subset:
     if size is None:
-        return data
+        return Subset(data, torch.arange(len(data)))
     (rows,) = stratified_split(data.labels, [size], seed=seed)
     return Subset(data, rows)
 

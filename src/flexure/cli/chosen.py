@@ -105,7 +105,7 @@ def described(loaded: LoadedModel) -> str:
 
 def drawn(
     data: dict[str, LabelledData], wanted: str | None, samples: int, seed: int
-) -> tuple[LabelledData, str]:
+) -> tuple[Subset, str]:
     """So many samples of a split, drawn without regard to their class, in a random order.
 
     So that the first of them, which costly measures take, are such a draw too.
