@@ -52,12 +52,12 @@ class Returns:
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_linear_models_have_the_accuracy_that_is_known(norm: str) -> None:
-    model = linear()
+    model = Bounded(linear(), bounds=None)
     x = torch.randn(300, 12).double()
     z = model(x).detach()
     y = z.argmax(1)
     y[::7] = 1 - y[::7]
-    w = (model.weight[1] - model.weight[0]).detach()
+    w = (model.model.weight[1] - model.model.weight[0]).detach()
     dual = float(w.norm() if norm == "l2" else w.abs().sum())
     distance = (z[:, 1] - z[:, 0]) * (2 * y - 1) / dual
     for eps in (0.05, 0.3, 1.0):
@@ -254,6 +254,7 @@ def test_what_a_call_may_write_is_put_back_before_scores() -> None:
         def __init__(self) -> None:
             super().__init__(10, 3)
             self.sign, self.signs, self.held = 1.0, [1.0], torch.ones(())
+            self.bounds = (0.0, 1.0)
             self.register_buffer("factor", torch.ones(()))
 
         def forward(self, x: Tensor) -> Tensor:
@@ -291,7 +292,7 @@ def test_embeddings_that_rewrite_their_weights_are_no_attack() -> None:
             return self.last(x) + self.table(torch.zeros(len(x)).long())
 
     torch.manual_seed(0)
-    model, x = Embedded(), torch.rand(8, 10)
+    model, x = Bounded(Embedded()), torch.rand(8, 10)
     y = torch.zeros(8).long()
     with untouched(model, x, y):
         robust_accuracy(model, x, y, attack="pgd", norm="l2", eps=0.1, seed=0)
@@ -369,7 +370,7 @@ def test_stochastic_models_are_the_same_again() -> None:
             return super().forward(x + 0.3 * torch.randn_like(x))
 
     torch.manual_seed(0)
-    model, x = Noisy(10, 2), torch.rand(60, 10)
+    model, x = Bounded(Noisy(10, 2)), torch.rand(60, 10)
     y = torch.arange(60) % 2
     one = robust_accuracy(model, x, y, attack="pgd", norm="l2", eps=0.05, seed=0)
     torch.rand(3)
@@ -450,6 +451,7 @@ def test_logits_that_are_not_finite() -> None:
         ({"y": torch.zeros(3)}, "3 integer labels"),
         ({"y": torch.tensor([0, 1, 3])}, "labels from 0 to 2"),
         ({"bounded": Bounded(nn.Flatten(0))}, "logits"),
+        ({"bounded": network()}, r"Sequential without .* bounds; give .*mean=\.\.\., std="),
     ],
 )
 def test_what_does_not_fit(change, message: str) -> None:

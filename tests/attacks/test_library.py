@@ -310,8 +310,9 @@ def test_the_default_dtype_may_be_another() -> None:
 def test_models_without_bounds_are_refused(bounds: tuple | None) -> None:
     model, (x, y) = convnet(), images(4)
     for attack in few_steps("l2"):
-        with pytest.raises(FlexureError, match="finite bounds"):
+        with pytest.raises(FlexureError, match=r"finite bounds .*mean=.*, std=") as error:
             robust_accuracy(Bounded(model, bounds=bounds), x, y, attack=attack, eps=0.1, seed=0)
+        assert "PGD" not in str(error.value)
 
 
 class Logits(nn.Module):
@@ -370,11 +371,31 @@ def test_models_without_gradients() -> None:
         with pytest.raises(FlexureError, match="Square"):
             robust_accuracy(Bounded(Detached()), x, y, attack=attack, eps=1.2, seed=0)
         found = robust_accuracy(Bounded(Rounded()), x, y, attack=attack, eps=1.2, seed=0)
-        assert any("is zero at" in text for text in found.attacks[0].warnings)
+        assert any("is zero or not finite at" in text for text in found.attacks[0].warnings)
     for model in (Detached(), Rounded()):
         found = robust_accuracy(Bounded(model), x, y, attack=square, eps=4.8, seed=0)
         assert found.accuracy < found.clean_accuracy
         assert not found.attacks[0].warnings
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradients_that_are_not_a_number_are_told(norm: str) -> None:
+    """No search goes anywhere, and APGD ends in NaN in l2: no sample withstood anything."""
+    inner, (x, y) = convnet(), images(10)
+
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return inner(x) + (0 * x).flatten(1).sum(1, keepdim=True).sqrt()
+
+    eps = 2 * NORMS[norm][1]
+    for attack in every_attack(norm, 3)[:-1]:
+        found = robust_accuracy(Bounded(Broken()), x, y, attack=attack, eps=eps, seed=0)
+        told = " ".join(found.attacks[0].warnings)
+        assert "zero or not finite at 8 of 8" in told, attack.name
+        dropped = "8 of 8 results of the attack were not finite" in told
+        assert dropped == (norm == "l2" and attack.name.startswith("apgd")), attack.name
+        sound = robust_accuracy(Bounded(inner), x, y, attack=attack, eps=eps, seed=0)
+        assert not sound.attacks[0].warnings
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -396,7 +417,11 @@ def test_warnings_of_outputs() -> None:
     random = nn.Sequential(convnet(), type("R", (nn.Module,), {"forward": noisy})())
     certain = nn.Sequential(convnet(), nn.Softmax(1))
     saturated = nn.Sequential(convnet(), type("S", (nn.Module,), {"forward": enlarged})())
-    for model, text in ((random, "random"), (certain, "probabilities"), (saturated, "zero at")):
+    for model, text in (
+        (random, "random"),
+        (certain, "probabilities"),
+        (saturated, "not finite"),
+    ):
         found = robust_accuracy(Bounded(model), x, y, attack=attack, eps=0.05, seed=0)
         assert any(text in told for told in found.attacks[0].warnings), text
     assert (

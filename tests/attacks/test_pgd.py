@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,7 +77,8 @@ class Steps(nn.Module):
 def test_zero_gradients_become_a_random_direction(norm: str, random_start: bool) -> None:
     x, y = torch.full((40, 3), 0.2), torch.zeros(40, dtype=torch.int64)
     model = Bounded(Steps())
-    found = PGD(norm, random_start=random_start).run(model, x, y, eps=0.1, generator=seeded())
+    with pytest.warns(UserWarning, match="not finite at every step at 40 of 40 samples"):
+        found = PGD(norm, random_start=random_start).run(model, x, y, eps=0.1, generator=seeded())
     assert found.isfinite().all()
     assert (norm_named(norm).size(found - x) <= 0.1 * (1 + 1e-6)).all()
     wrong = model(found).argmax(1) != y
@@ -95,9 +98,29 @@ class NotFinite(nn.Module):
 def test_gradients_and_logits_that_are_not_finite(norm: str) -> None:
     x = torch.tensor([[0.8, 0.1], [0.2, 0.1], [0.6, 0.85]])
     y = torch.zeros(3, dtype=torch.int64)
-    found = PGD(norm).run(NotFinite(), x, y, eps=0.3, generator=seeded())
+    with pytest.warns(UserWarning, match="not finite at every step at 3 of 3 samples"):
+        found = PGD(norm).run(NotFinite(), x, y, eps=0.3, generator=seeded())
     assert found.isfinite().all()
     assert ((found - x).abs() <= 0.3 + 1e-6).all()
+
+
+class Flat(nn.Linear):
+    """Without slope where x[0] > 0.5."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.where(x[:, :1] > 0.5, 0.5 + 0 * x, x))
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_samples_without_a_gradient_are_told_where_no_step_had_one(norm: str) -> None:
+    torch.manual_seed(0)
+    model, y = Flat(2, 2), torch.zeros(3, dtype=torch.int64)
+    x = torch.tensor([[0.9, 0.1], [0.2, 0.1], [0.51, 0.85]])
+    with pytest.warns(UserWarning, match="at every step at 1 of 3 samples"):
+        PGD(norm, restarts=5).run(model, x, y, eps=0.2, generator=seeded())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PGD(norm).run(model, x[1:2], y[1:2], eps=0.2, generator=seeded())
 
 
 def small_network(scale: float = 1.0, seed: int = 0) -> nn.Sequential:

@@ -146,3 +146,12 @@ def test_names_are_those_of_the_catalogue_or_the_attacks_own() -> None:
 
     found = evaluated(attack=["pgd", Named(1), Named(2), Moves(3), "pgd", Moves(4)])
     assert found.names == ("pgd", "moves/up", "moves/up #2", "Moves", "pgd #2", "Moves #2")
+    for names, told in (
+        (("x #2", "x"), ("x #2", "x")),
+        (("p #1", "p #1"), ("p #1", "p #1 #2")),
+        (("v", "v #2", "v", "v"), ("v", "v #2", "v #3", "v #4")),
+    ):
+        attacks = [Named(number, name=name) for number, name in enumerate(names)]
+        found = evaluated(attack=attacks, every=True)
+        assert found.names == told
+        assert [one.warnings[0].split()[0] for one in found.attacks] == list("0123")[: len(names)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import chain, count
 from typing import TypeAlias
 
 from torch import Tensor, nn
@@ -69,7 +70,8 @@ def robust_accuracy(
 
     Args:
         bounded: gives logits, a tensor or `.logits`; its attribute `bounds` is what adversarial
-            inputs stay within: a `flexure.Bounded`. A model without it has no bounds.
+            inputs stay within: a `flexure.Bounded`. None: there are none, which only "pgd" takes;
+            a model without the attribute is refused.
         x: (B, *shape), floating point, within the bounds.
         y: (B,) integer labels.
         attack: a name in `attacks.catalogue.ATTACKS`, an `Attack` with its own settings, or
@@ -93,10 +95,10 @@ def robust_accuracy(
             batches of the attack whose name is the stage.
 
     Raises:
-        FlexureError: inputs, labels, outputs or settings that do not fit, inputs outside the
-            bounds, an attack that returns something else than finite inputs of the same shape or
-            that changes the model, a model that has no gradient in its input, a folder of another
-            evaluation, or an error in another process.
+        FlexureError: a model without `bounds`; inputs, labels, outputs or settings that do not
+            fit, inputs outside the bounds, an attack that returns something else than finite
+            inputs of the same shape or that changes the model, a model that has no gradient in its
+            input, a folder of another evaluation, or an error in another process.
         MissingExtraError: the attack is another library's, and it is not installed.
 
     Example:
@@ -116,6 +118,7 @@ def robust_accuracy(
         closing(ProgressReporter(progress if processes.is_first else None)) as report,
     ):
         norm, names, attacks = _chosen(attack, norm)
+        _check_bounded(bounded)
         _check_inputs(x, y, batch_size, every)
         limits = limits_of(bounded, x.dtype)
         harness = Harness(bounded, norm, check_eps(eps), limits, check_seed(seed))
@@ -159,8 +162,8 @@ def _chosen(attack: Attacks, norm: str | None) -> tuple[str, tuple[str, ...], tu
         row = _row(each, chosen) if isinstance(each, str) else (each,)
         for one in row:
             called = each if isinstance(each, str) and len(row) == 1 else _name(one)
-            again = sum(name.partition(" #")[0] == called for name in named)
-            named[f"{called} #{again + 1}" if again else called] = one
+            numbered = (f"{called} #{number}" for number in count(2))
+            named[next(name for name in chain([called], numbered) if name not in named)] = one
     return chosen, tuple(named), tuple(named.values())
 
 
@@ -185,6 +188,17 @@ def _name(attack: Attack) -> str:
     """What an attack calls itself, or its class."""
     name = getattr(attack, "name", None)
     return name if isinstance(name, str) else type(attack).__name__
+
+
+def _check_bounded(model: nn.Module) -> None:
+    """Refuses a bare model: of normalised inputs a radius would mean something else, unseen."""
+    if not hasattr(model, "bounds"):
+        raise FlexureError(
+            f"expected a model that says within which bounds its inputs are, got a "
+            f"{type(model).__name__} without the attribute bounds; give "
+            f"flexure.Bounded(model, mean=..., std=...), which takes pixels in [0, 1], or "
+            f"Bounded(model, bounds=None) of inputs that have none"
+        )
 
 
 def _check_inputs(x: Tensor, y: Tensor, batch_size: int | None, every: bool) -> None:

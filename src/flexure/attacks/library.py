@@ -285,7 +285,14 @@ def _run(
         model.judge(at, y)
         found = attack.search(model, at.clone(), y, settings).detach()
     # Gradients of zero make FAB divide by zero, and attacks may end where the model overflows.
-    changed = found.isfinite().flatten(1).all(1) & (found != at).flatten(1).any(1)
+    finite = found.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        model.warn(
+            f"{int((~finite).sum())} of {len(x)} results of the attack were not finite and were "
+            f"dropped, so that it says nothing of these samples; see flexure's masking_report, and "
+            f"try Square"
+        )
+    changed = finite & (found != at).flatten(1).any(1)
     shape = (-1, *[1] * (x.dim() - 1))
     return torch.where(changed.view(shape), model.restored(found), x.detach())
 

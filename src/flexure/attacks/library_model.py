@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from flexure.addresses import import_extra
 from flexure.attacks.bounded import limits_of
 from flexure.attacks.draws import SampleGenerators
+from flexure.attacks.norms import unusable
 from flexure.calling import check_logits, logits_of, margin
 from flexure.contracts import FlexureError
 
@@ -91,7 +92,8 @@ class LibraryModel:
             raise FlexureError(
                 f"expected a model with finite bounds of its inputs, within which attacks of the "
                 f"AutoAttack library stay, got {(self.low, self.high)}; wrap it in "
-                f"flexure.Bounded(model, bounds=(lowest, highest)), or use PGD, which needs none"
+                f"flexure.Bounded(model, mean=..., std=...), which takes pixels in [0, 1], or give "
+                f"it other bounds=(lowest, highest)"
             )
 
     @property
@@ -163,7 +165,7 @@ class LibraryModel:
             )
 
     def judge_gradients(self, x: Tensor, y: Tensor, loss: str) -> None:
-        """Warns of samples at which a loss has no gradient.
+        """Warns of samples at which a loss has no gradient that an attack could follow.
 
         Args:
             x: (B, ...) as `scaled` makes them.
@@ -183,12 +185,13 @@ class LibraryModel:
             (gradient,) = torch.autograd.grad(value, at, allow_unused=True)
         if gradient is None:
             raise self._blind()
-        blind = int((gradient == 0).flatten(1).all(1).sum())
+        blind = int(unusable(gradient).sum())
         if blind:
             what = "cross-entropy" if loss == "ce" else "margin"
             self.warn(
-                f"the gradient of the {what} is zero at {blind} of {len(x)} samples, where an "
-                f"attack that follows it is blind; see flexure's masking_report, and try Square"
+                f"the gradient of the {what} is zero or not finite at {blind} of {len(x)} samples, "
+                f"where an attack that follows it is blind; see flexure's masking_report, and try "
+                f"Square"
             )
 
     def _blind(self) -> FlexureError:

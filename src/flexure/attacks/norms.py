@@ -103,6 +103,12 @@ def project(
     return torch.where(farther, torch.nextafter(moved, x), moved)
 
 
+def unusable(gradient: Tensor) -> Tensor:
+    """(B,) whether a sample's gradient gives no direction: all zero, or not all finite."""
+    flat = gradient.flatten(1)
+    return ~flat.isfinite().all(1) | (flat == 0).all(1)
+
+
 def _length(a: Tensor) -> Tensor:
     return norms(a.double())
 
@@ -136,7 +142,8 @@ def _shrink_l2(change: Tensor, below: Tensor, above: Tensor, eps: float) -> Tens
 
 def _largest_factor(change: Tensor, room: Tensor, eps: float) -> Tensor:
     length, room = change.abs(), room.abs()
-    t = eps / norms(length)
+    size = norms(length)
+    t = eps / torch.where(size > 0, size, 1.0)  # no change leaves the box where x is outside of it
     for _ in range(_ROUNDS):
         free = t[:, None] * length < room
         met = torch.where(free, 0.0, room).square().sum(1)

@@ -5,6 +5,7 @@ What is made of its results, and whether they are right, is `evaluate`'s busines
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Generator, Tensor, nn
 
 from flexure.attacks.bounded import limits_of
 from flexure.attacks.draws import normal, uniform
-from flexure.attacks.norms import check_eps, norm_named, precise, project
+from flexure.attacks.norms import check_eps, norm_named, precise, project, unusable
 from flexure.calling import check_logits, logits_of, margin
 from flexure.contracts import FlexureError
 
@@ -30,7 +31,7 @@ class PGD:
     taken of −m, m the margin (`calling.margin`): the cross-entropy is softplus(−m), so that both
     have the same direction, but that of −m does not vanish where a network is sure. Where it is
     zero or not finite all the same, the step goes along a random direction, the same one throughout
-    a restart.
+    a restart. PGD warns of samples where it was so at every step: nothing was followed there.
 
     A sample's result is, of all points visited, a misclassified one of largest cross-entropy, or
     without such one the one of largest cross-entropy. Samples that are misclassified take part in
@@ -117,6 +118,7 @@ class PGD:
             point = point.to(search.origin)
             start = point if self.random_start or number else torch.zeros_like(point)
             self._restart(search, radius * start, norm.direction(point))
+        search.tell_blind()
         return search.best
 
     def _restart(self, search: _Search, start: Tensor, fallback: Tensor) -> None:
@@ -155,6 +157,7 @@ class _Search:
         best: (B, *shape), the result.
         lowest: (B,) the margin there.
         wrong: (B,) bool, whether it is misclassified.
+        followed: (B,) bool, whether a gradient gave a direction there, at any step.
     """
 
     model: nn.Module
@@ -169,6 +172,7 @@ class _Search:
         self.best = self.x.clone()
         self.lowest = self.x.new_full((len(self.x),), torch.inf)
         self.wrong = torch.zeros_like(self.lowest, dtype=torch.bool)
+        self.followed = self.wrong.clone()
 
     def projected(self, at: Tensor, rows: Tensor) -> Tensor:
         """The nearest points that are allowed."""
@@ -191,8 +195,21 @@ class _Search:
         if last:
             return torch.zeros_like(at)
         gradient = _gradient(-margins.sum(), at).to(self.origin)
-        finite = gradient.flatten(1).isfinite().all(1)
-        return torch.where(finite.view(-1, *[1] * (at.dim() - 1)), gradient, 0.0)
+        useful = ~unusable(gradient)
+        self.followed[rows] |= useful
+        return torch.where(useful.view(-1, *[1] * (at.dim() - 1)), gradient, 0.0)
+
+    def tell_blind(self) -> None:
+        """Warns of samples at which no step had a gradient to follow."""
+        blind = int((~self.followed).sum())
+        if blind:
+            warnings.warn(
+                f"the gradient of the margin was zero or not finite at every step at {blind} of "
+                f"{len(self.x)} samples, where PGD went along random directions; see flexure's "
+                f"masking_report, and try Square",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _take(self, at: Tensor, logits: Tensor, margins: Tensor, rows: Tensor) -> None:
         known = logits.isfinite().all(1)
