@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Callable
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,10 +15,11 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 import flexure
-from flexure.attacks import PGD, Bounded, robust_accuracy
+from flexure.attacks import PGD, Bounded, Robustness, robust_accuracy
 from flexure.contracts import FlexureError
 from flexure.layers import spectral_norm
-from flexure.measure.certificates import RADII, Certificates, certified_radius
+from flexure.measure.bounds import hessian_bound
+from flexure.measure.certificates import RADII, TOLERANCE, Certificates, certified_radius
 from flexure.measure.lipschitz import lipschitz_bound
 from tests.measure.untouched import untouched
 
@@ -54,6 +58,11 @@ def network(seed: int = 0, *, inputs: int = 8, classes: int = 4) -> nn.Sequentia
         nn.init.normal_(layer.weight)
         spectral_norm(layer)
     return model.eval()
+
+
+def attacked(model: nn.Module, x: Tensor, y: Tensor, attack: PGD, eps: float) -> Robustness:
+    """Of inputs that have no bounds."""
+    return robust_accuracy(Bounded(model, bounds=None), x, y, attack=attack, eps=eps, seed=0)
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -138,10 +147,11 @@ def test_no_attack_succeeds_inside(seed: int, depth: int, classes: int, norm: st
     y = model(x).argmax(1)
     found = certified_radius(model, x, y, norm=norm)
     assert (found.radius > 0).all()
+    free = Bounded(model, bounds=None)
     attack = PGD(norm=norm, steps=10, until_misclassified=True)
     for i in range(len(x)):
         eps = 0.999 * float(found.radius[i])
-        got = robust_accuracy(model, x[i : i + 1], y[i : i + 1], attack=attack, eps=eps, seed=0)
+        got = robust_accuracy(free, x[i : i + 1], y[i : i + 1], attack=attack, eps=eps, seed=0)
         assert got.accuracy == 1.0
 
 
@@ -149,10 +159,11 @@ def test_attacks_succeed_just_outside_of_a_linear_models() -> None:
     """So that the tests with attacks above can fail."""
     model, x, y = linear(2)
     found = certified_radius(model, x, y)
+    free = Bounded(model, bounds=None)
     for i in found.correct.nonzero().flatten().tolist()[:5]:
         eps = 1.01 * float(found.radius[i])
         attack = PGD(norm="l2", random_start=False)
-        got = robust_accuracy(model, x[i : i + 1], y[i : i + 1], attack=attack, eps=eps, seed=0)
+        got = robust_accuracy(free, x[i : i + 1], y[i : i + 1], attack=attack, eps=eps, seed=0)
         assert got.accuracy == 0.0
 
 
@@ -235,14 +246,119 @@ def test_what_has_no_bound_is_refused_with_the_bounds_own_reason(
     assert str(caught.value) == str(reason.value)
 
 
-def test_the_ball_is_open() -> None:
+def test_the_ball_is_open_and_attacks_may_exceed_eps_a_little() -> None:
     ones = torch.ones(3, dtype=torch.bool)
     radius = torch.tensor([0.0, 0.5, math.inf], dtype=torch.float64)
     found = Certificates(ones, ones, radius, radius, "l2", 1.0)
-    assert found.curve((0.0, 0.5, math.nextafter(0.5, 0), 1e300)) == pytest.approx(
-        (2 / 3, 1 / 3, 2 / 3, 1 / 3)
+    assert found.curve((0.0, 0.5, 0.5 / 1.0001, 0.4999, 1e300)) == pytest.approx(
+        (2 / 3, 1 / 3, 1 / 3, 2 / 3, 1 / 3)
     )
     assert found.certified(0.25).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("below", [1e-9, 1e-6, 5e-5, 2e-4])
+def test_just_below_the_radius_in_float32(below: float) -> None:
+    """The harness takes changes of up to eps·(1 + 1e-4), which cross the boundary there."""
+    torch.manual_seed(0)
+    model = nn.Linear(3072, 2)
+    with torch.no_grad():
+        model.weight.mul_(50.0)
+        x = torch.rand(6, 3072)
+        y = model(x).argmax(1)
+        found = certified_radius(model, x, y)
+        away = model.weight[1 - y] - model.weight[y]
+        for i in range(len(x)):
+            eps = float(found.radius[i]) * (1 - below)
+            moved = x[i] + eps * (1 + 0.9 * TOLERANCE) * away[i] / away[i].norm()
+            assert (moved - x[i]).double().norm() <= eps * (1 + TOLERANCE)
+            crossed = bool(model(moved[None]).argmax() != y[i])
+            assert crossed == (below < TOLERANCE)  # so that the next line can fail
+            assert bool(found.certified(eps)[i]) == (not crossed)
+
+
+def test_no_attack_succeeds_where_rounding_alone_would_make_it() -> None:
+    """PGD at 1 − 1e-9 of the radius, in float32: it is misclassified, and not certified."""
+    torch.manual_seed(1)
+    model = nn.Linear(3072, 2)
+    with torch.no_grad():
+        model.weight.mul_(50.0)
+    x = torch.rand(8, 3072)[2:3]
+    y = model(x).argmax(1)
+    found = certified_radius(model, x, y)
+    eps = float(found.radius[0]) * (1 - 1e-9)
+    got = attacked(model, x, y, PGD(norm="l2", steps=20, random_start=False), eps)
+    assert found.certified_accuracy(eps) <= got.accuracy
+
+
+# Networks that are no fixed function of one sample
+
+
+class Mixed(nn.Module):
+    """A linear layer, and something done to its logits."""
+
+    def __init__(self, change: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.change = nn.Linear(8, 3), change
+        self.register_buffer("calls", torch.zeros(()))
+        self.own, self.numbers = torch.Generator(), np.random.default_rng(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self, self.layer(x))
+
+
+def counted(model: Mixed, z: Tensor) -> Tensor:
+    model.calls += 1
+    return z * (1 + model.calls)
+
+
+def noise(shape: tuple[int, ...], draw: Callable[[int], object]) -> Tensor:
+    return torch.tensor(draw(math.prod(shape))).reshape(shape)
+
+
+DRAWS: dict[str, Callable[[Mixed, Tensor], Tensor]] = {
+    "like": lambda m, z: z + torch.randn_like(z),
+    "shape": lambda m, z: z + torch.randn(z.shape),
+    "in place": lambda m, z: z + torch.zeros(z.shape).normal_(),
+    "factor": lambda m, z: z * torch.bernoulli(torch.full(z.shape, 0.5)),
+    "own generator": lambda m, z: z + torch.randn(z.shape, generator=m.own),
+    "python": lambda m, z: z + noise(z.shape, lambda n: [random.random() for _ in range(n)]),
+    "numpy": lambda m, z: z + noise(z.shape, np.random.standard_normal),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_random_networks_have_no_bound(name: str) -> None:
+    model = Mixed(DRAWS[name]).eval()
+    x, y = torch.rand(5, 8), torch.zeros(5, dtype=torch.long)
+    for lipschitz in (None, 1.0):
+        with (
+            untouched(model),
+            pytest.raises(FlexureError, match=r"random numbers.*remove the noise"),
+        ):
+            certified_radius(model, x, y, lipschitz=lipschitz)
+    for bound in (lipschitz_bound, hessian_bound):
+        with pytest.raises(FlexureError, match="random numbers"):
+            bound(model, (8,))
+
+
+MIXES: dict[str, Callable[[Mixed, Tensor], Tensor]] = {
+    "centred": lambda m, z: z - z.mean(0, keepdim=True),
+    "neighbours": lambda m, z: z + 0.001 * z.roll(1, 0),
+    "size": lambda m, z: z * len(z),
+    "calls": counted,
+    "numpy's own": lambda m, z: z + noise(z.shape, m.numbers.standard_normal),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MIXES)
+def test_networks_of_a_batch_have_no_certificate(name: str, dtype: torch.dtype) -> None:
+    model = Mixed(MIXES[name]).to(dtype).eval()
+    x, y = torch.rand(5, 8, dtype=dtype), torch.zeros(5, dtype=torch.long)
+    for chunk in (None, 2):
+        with untouched(model), pytest.raises(FlexureError, match="between a sample alone and in"):
+            certified_radius(model, x, y, chunk=chunk)
 
 
 def test_ties_and_constants() -> None:

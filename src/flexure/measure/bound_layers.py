@@ -22,6 +22,7 @@ __all__ = [
     "JUMP",
     "KINK",
     "PRODUCT",
+    "RANDOM",
     "TRAINING",
     "UNBOUNDED",
     "avg_pool",
@@ -48,6 +49,7 @@ PRODUCT = "a product of two values that depend on the input: " + UNBOUNDED
 TRAINING = (
     "in training mode it is random or depends on the other samples; let it follow model.eval()"
 )
+RANDOM = "it draws random numbers, and a bound is one of a fixed function; remove the noise"
 
 
 def linear(function: Any, x: Signal, weight: Any, bias: Any = None) -> Signal:

@@ -1,5 +1,7 @@
 """Running a network on carriers of bounds: one input of zeros, eval mode, everything put back.
 
+A network that draws random numbers on the way is refused: a bound is one of a fixed function.
+
 What the carriers do is in `bound_catalogue.py`; what is made of the graph that they leave, in
 `bounds.py` and `lipschitz.py`.
 """
@@ -7,7 +9,10 @@ What the carriers do is in `bound_catalogue.py`; what is made of the graph that 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +25,7 @@ from flexure.measure.bound_rules import Signal
 from flexure.measure.fields import measuring
 from flexure.measuring import unchanged_randomness, uncompiled
 
-__all__ = ["bounded"]
+__all__ = ["bounded", "nothing_drawn"]
 
 T = TypeVar("T")
 
@@ -35,11 +40,48 @@ def bounded(
 
     Raises:
         FlexureError: an operation that the carrier refuses; or the model does not take the input,
-            or its output is not (1, K).
+            draws random numbers, or its output is not (1, K).
     """
     x = _zeros(model, input_shape)
     with unchanged_randomness(x.device), measuring(model), torch.no_grad(), uncompiled():
-        return bounds(_traced(model, carrier.at(x)))
+        with nothing_drawn(model, x.device):
+            output = _traced(model, carrier.at(x))
+        return bounds(output)
+
+
+@contextmanager
+def nothing_drawn(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, a model is called that is to draw no random numbers.
+
+    Seen are the global generators of torch, Python and NumPy, and `torch.Generator`s that are
+    attributes of its modules.
+
+    Raises:
+        FlexureError: at the end, one of them has moved.
+    """
+    before = _generators(model, device)
+    yield
+    if _generators(model, device) != before:
+        raise FlexureError(
+            "expected a network that is a fixed function of its input, got one that draws random "
+            "numbers in eval mode; remove the noise (functional dropout needs "
+            "training=self.training): what is bounded must be the same at each call"
+        )
+
+
+def _generators(model: nn.Module, device: torch.device) -> list[Any]:
+    """The states of the generators that a model can draw from, to be compared."""
+    states = [torch.get_rng_state()]
+    if device.type not in ("cpu", "meta"):
+        states.append(getattr(torch, device.type).get_rng_state(device))
+    own = [each for module in model.modules() for each in vars(module).values()]
+    states += [each.get_state() for each in own if isinstance(each, torch.Generator)]
+    numpy = sys.modules.get("numpy")
+    told = [repr(random.getstate())]
+    if numpy:
+        kind, words, *rest = numpy.random.get_state()
+        told.append(repr((kind, words.tobytes(), rest)))
+    return [*told, *(state.cpu().numpy().tobytes() for state in states)]
 
 
 def _zeros(model: nn.Module, input_shape: Any) -> Tensor:

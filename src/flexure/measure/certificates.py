@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flexure.calling import check_logits, logits_of
 from flexure.contracts import FlexureError, is_number
-from flexure.measure.bound_trace import bounded
+from flexure.measure.bound_trace import bounded, nothing_drawn
 from flexure.measure.fields import measuring
 from flexure.measure.lipschitz import LipschitzBounding
 from flexure.measure.margin_bounds import MarginBounds, margin_bounds
@@ -33,6 +33,19 @@ RADII: Mapping[str, Callable[[int], float]] = {
 }
 """Norm -> the radius of its largest ball, of so many dimensions, inside of the l2 ball of radius 1.
 """
+
+TOLERANCE = 1e-4
+"""The share of eps that a change may be larger by and still count as one of norm at most eps. It
+is that of the attacks here: adding a change to an input rounds it to the input's dtype, and steps
+back to the ball are rounded too. What is certified at eps must hold for those changes as well."""
+
+ALONE = 3
+"""Of so many samples of each batch the logits are computed alone too: networks that mix samples mix
+the first ones. Each is one more pass, of one sample."""
+
+SAME = 1e-6
+"""What the order of sums may make of a logit alone and in a batch, relative to the largest one of
+the sample: some 1e-15 in float64, some 1e-7 in parts that compute in float32 nevertheless."""
 
 ROUNDING = 1e-10
 """What float64 may have done to a logit, relative to the largest one of the sample."""
@@ -70,7 +83,9 @@ class Certificates(PerSample):
     def certified(self, eps: float) -> Tensor:
         """(B,) bool, whether no change of norm at most eps can make the prediction wrong.
 
-        Strictly: a radius of just eps does not tell, as the ball is open.
+        Those with a radius above eps·(1 + 1e-4): the changes of attacks, which are rounded to the
+        dtype of x, may be larger than eps by 1e-4 of it. A radius of just eps does not tell, as the
+        ball is open.
 
         Raises:
             FlexureError: eps is no finite radius.
@@ -80,7 +95,7 @@ class Certificates(PerSample):
                 f"expected eps to be a finite radius of at least 0, in units of the input, got "
                 f"{eps!r}; give a number such as 8 / 255"
             )
-        return self.radius > eps
+        return self.radius > eps * (1 + TOLERANCE)
 
     def certified_accuracy(self, eps: float) -> float:
         """The share of samples that no change of norm at most eps makes wrong.
@@ -137,11 +152,14 @@ def certified_radius(
     δ may not leave the bounds is not made use of.
 
     What is certified is the network of real numbers with these weights, in eval mode, one sample
-    alone. Logits are computed in float64, by float64 copies of the weights, and the margin is
-    lowered by 1e-10 of the largest logit and by twice what the logits differ from those in the
-    model's own precision: the same rounding may happen at x + δ. That is no proof for what is
-    computed in float32 at the last digits of a radius. A sample is right if it is in both
-    precisions. The model is left as it was.
+    alone. So a network that draws random numbers is refused, and one whose logits differ between a
+    sample alone and in a batch by more than rounding (3 of each batch are compared).
+
+    Logits are computed in float64, by float64 copies of the weights, and the margin is lowered by
+    1e-10 of the largest logit and by twice what the logits differ from those in the model's own
+    precision: the same rounding may happen at x + δ. That is no proof for what is computed in
+    float32 at the last digits of a radius. A sample is right if it is in both precisions. The model
+    is left as it was.
 
     Args:
         model: gives logits (B, K), a tensor or `.logits`; made of what `lipschitz_bound` knows.
@@ -153,8 +171,9 @@ def certified_radius(
         chunk: samples at a time; None: all.
 
     Raises:
-        FlexureError: a network without a bound, with the reason of `lipschitz_bound`; or inputs,
-            labels, outputs or settings that do not fit.
+        FlexureError: a network without a bound, with the reason of `lipschitz_bound`; one that is
+            random, keeps count of its calls, or mixes samples; or inputs, labels, outputs or
+            settings that do not fit.
 
     Example:
         >>> import torch
@@ -216,10 +235,12 @@ def _certified(
     model: nn.Module, bounds: MarginBounds, norm: str, factor: float, x: Tensor, y: Tensor
 ) -> Certificates:
     """The certificates of one batch; `factor` turns an l2 radius into one in the norm."""
-    own, wide = _logits(model, x, y)
+    own, wide, alone = _logits(model, x, y)
     known = own.isfinite().all(1) & wide.isfinite().all(1)
     correct = known & (own.argmax(1) == y) & (wide.argmax(1) == y)
     doubt = 2 * (own - wide).abs().amax(1) + ROUNDING * wide.abs().amax(1)
+    finite = known[: len(alone)]
+    _check_alone(alone[finite], wide[: len(alone)][finite])
     gaps = wide.gather(1, y[:, None]) - wide - doubt[:, None]
     gaps = gaps.scatter(1, y[:, None], math.inf)
     constants = torch.ones_like(gaps)
@@ -236,12 +257,35 @@ def _certified(
     )
 
 
-def _logits(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, K) float64, computed in the model's own precision, and in float64."""
-    own = check_logits(logits_of(_called(model, x.clone())), y)
+def _check_alone(alone: Tensor, batch: Tensor) -> None:
+    """Refuses logits (n, K) of samples in a batch that are not those of each sample alone.
+
+    Raises:
+        FlexureError: they are not.
+    """
+    largest = (alone - batch).abs().amax(1)
+    if not bool((largest <= SAME * batch.abs().amax(1)).all()):
+        raise FlexureError(
+            f"expected logits that depend on their sample alone and are the same at each call, got "
+            f"ones that differ by up to {float(largest.max()):.3g} between a sample alone and in "
+            f"its batch; remove what mixes samples (statistics over the batch), what is random, "
+            f"and what counts calls"
+        )
+
+
+def _logits(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64: (B, K) computed in the model's own precision, and in float64; (n, K) alone."""
     wide: list[Tensor] = []
-    in_float64(model, lambda: wide.append(logits_of(_called(model, x.double()))))
-    return own.double(), wide[0]
+
+    def run() -> None:
+        given = x.double()
+        rows = [given, *torch.split(given[:ALONE], 1)]
+        wide.extend(check_logits(logits_of(_called(model, each.clone())), None) for each in rows)
+
+    with nothing_drawn(model, x.device):
+        own = check_logits(logits_of(_called(model, x.clone())), y)
+        in_float64(model, run)
+    return own.double(), wide[0], torch.cat(wide[1:])
 
 
 def _called(model: nn.Module, x: Tensor) -> Any:

@@ -114,7 +114,7 @@ def lipschitz_bound(model: nn.Module, input_shape: Sequence[int]) -> LipschitzBo
     Raises:
         FlexureError: an operation whose slope has no bound, or none known here (LayerNorm,
             softmax, attention, products of two signals); the message names it and its module. Or
-            the model does not take the input, or its output is not (1, K).
+            the model draws random numbers, does not take the input, or its output is not (1, K).
 
     Example:
         >>> import torch
