@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -133,11 +135,21 @@ def scrambled(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def flags_zeroed(path: Path) -> None:
+    """All samples beaten, and nothing else changed."""
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    begin, end = json.loads(data[8:start])["right"]["data_offsets"]
+    assert any(data[start + begin : start + end])
+    data[start + begin : start + end] = bytes(end - begin)
+    path.write_bytes(bytes(data))
+
+
 def of_another_batch(path: Path) -> None:
     path.write_bytes(sorted(path.parent.glob("Moves-*.safetensors"))[0].read_bytes())
 
 
-@pytest.mark.parametrize("damage", [damaged, emptied, scrambled, of_another_batch])
+@pytest.mark.parametrize("damage", [damaged, emptied, scrambled, flags_zeroed, of_another_batch])
 def test_a_damaged_file_counts_as_none(tmp_path, damage) -> None:
     expected = without_seconds(evaluated(attack=ATTACKS, resume=tmp_path))
     path = sorted(tmp_path.glob("Moves-*.safetensors"))[2]
@@ -215,6 +227,82 @@ def test_what_weights_do_not_show_is_told_by_the_scores(tmp_path) -> None:
     evaluated(Scaled(1.0 + 1e-6), resume=tmp_path)  # no more than rounding
     with pytest.raises(FlexureError, match="one of the same weights with other logits"):
         evaluated(Scaled(1.01), resume=tmp_path)
+
+
+def test_models_that_differ_only_away_from_the_inputs_are_told_apart(tmp_path) -> None:
+    class Rounded(nn.Module):
+        def __init__(self, rounded: bool) -> None:
+            super().__init__()
+            self.inner, self.rounded = network(), rounded
+
+        def forward(self, x):
+            return self.inner((x * 255).round() / 255 if self.rounded else x)
+
+    x, y = samples()
+    x = (x * 255).round() / 255
+    given = {"attack": PGD("linf", steps=2), "eps": 0.1, "seed": 0, "resume": tmp_path}
+    found = [robust_accuracy(Bounded(Rounded(True)), x, y, **given) for _ in range(2)]
+    assert without_seconds(found[0]) == without_seconds(found[1])
+    with pytest.raises(FlexureError, match="other logits, at the inputs or near them"):
+        robust_accuracy(Bounded(Rounded(False)), x, y, **given)
+
+
+def test_one_large_sample_does_not_cover_the_others(tmp_path) -> None:
+    class Shifted(nn.Module):
+        def __init__(self, by: float) -> None:
+            super().__init__()
+            self.by = by
+
+        def forward(self, x):
+            return torch.stack([0 * x[:, 0], x[:, 1] - self.by + 1e4 * (x[:, 2] > 0.99)], 1)
+
+    x, y = samples()
+    x[:, 2] *= 0.5
+    x[0, 2] = 1.0
+    given = {"attack": Moves(1), "eps": 0.01, "seed": 0, "resume": tmp_path}
+    robust_accuracy(Bounded(Shifted(0.5)), x, y % 2, **given)
+    with pytest.raises(FlexureError, match="other logits"):
+        robust_accuracy(Bounded(Shifted(0.6)), x, y % 2, **given)
+
+
+@pytest.mark.parametrize("held", ["attribute", "buffer"])
+def test_models_that_count_their_calls_resume_as_if_undisturbed(tmp_path, held: str) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.calls = network(), 0
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += held == "attribute"
+            self.count += held == "buffer"
+            drawn = torch.Generator().manual_seed(self.calls + int(self.count))
+            return self.inner(x + 0.1 * torch.randn(x.shape[1:], generator=drawn))
+
+    settings = {"attack": [Moves(1), PGD("linf", steps=2)]}
+    expected = without_seconds(evaluated(Counting(), **settings))
+    interrupt(tmp_path, 3, Counting(), **settings)
+    assert without_seconds(evaluated(Counting(), resume=tmp_path, **settings)) == expected
+
+
+@dataclass(frozen=True)
+class Holds:
+    """Moves samples by what its field says."""
+
+    field: object
+    norm: str = "linf"
+
+    def run(self, model, x, y, *, eps, generator):
+        return x + eps * (self.field(1.0) if callable(self.field) else float(self.field.sum()))
+
+
+def test_functions_and_arrays_of_attacks_are_told_apart(tmp_path) -> None:
+    array = np.zeros(2000)
+    array[700] = 1.0
+    pairs = [(lambda x: x, lambda x: -x), (np.zeros(2000), array)]
+    for place, pair in enumerate(pairs):
+        found = [evaluated(attack=Holds(each), resume=tmp_path / f"{place}") for each in pair]
+        assert not torch.equal(found[0].x_adv, found[1].x_adv)
 
 
 def test_attacks_of_unknown_settings_are_not_resumed(tmp_path) -> None:

@@ -90,7 +90,11 @@ def robust_accuracy(
             checked. That is no l_p robustness, and at eps = 0 not the clean accuracy; the result
             is a `PublishedRobustness`, which tells how far the attacks really went.
         resume: a folder for finished batches; those that are there already, of the same model,
-            data and settings, are not attacked again. Attacks can be added after the others.
+            data and settings, are not attacked again. Attacks can be added after the others. Models
+            are told apart by their description, their weights, and their logits at x and at one
+            random point near each; attacks by the fields of their dataclass
+            (`fingerprints.described`). What changes a model's gradients alone, or is read by an
+            attack's function from its module, is not seen: give another folder then.
         progress: True: a bar on stderr, of the first process. A callable: (stage, done, total),
             batches of the attack whose name is the stage.
 

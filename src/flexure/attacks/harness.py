@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from flexure.attacks.checks import allowed, checked
-from flexure.attacks.draws import SampleGenerators, seed_of
+from flexure.attacks.draws import SampleGenerators, normal, seed_of, uniform
 from flexure.attacks.intact import intact
+from flexure.attacks.library_model import default_dtype
+from flexure.attacks.norms import norm_named, precise, project
 from flexure.attacks.robustness import distinct
 from flexure.attacks.warned import warned
-from flexure.calling import check_logits, evaluating, logits_of, margin
+from flexure.calling import check_logits, evaluating, logits_of, unwritten
 from flexure.contracts import Attack, FlexureError
 
 __all__ = ["Found", "Harness"]
@@ -61,7 +65,7 @@ class Harness:
     seed: int
 
     def scored(self, x: Tensor, y: Tensor, *, index: int, numbers: Tensor) -> Tensor:
-        """The model's margins at given inputs, once it takes them: above 0 where it is sure.
+        """What the model says at given inputs, once it takes them.
 
         Args:
             x: (b, *shape).
@@ -70,8 +74,8 @@ class Harness:
             numbers: (b,) the samples' places in all data.
 
         Returns:
-            (b, 2) float64 on the CPU: 1 where the prediction is the label, otherwise 0; and the
-            margin (`calling.margin`).
+            (b, 3) float64 on the CPU: 1 where the prediction is the label, otherwise 0; the
+            label's logit minus the largest other; and the largest absolute logit.
 
         Raises:
             FlexureError: the model does not take them, or gives logits that are none or not finite.
@@ -79,22 +83,37 @@ class Harness:
         self._start(0, index)
         try:
             logits = self._logits(x, y)
-        except FlexureError:
+        except (FlexureError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise FlexureError(
                 f"expected a model that takes inputs {tuple(x.shape)} of {x.dtype}, got an error "
                 f"({error}); give inputs of the model's shape and dtype"
             ) from error
-        right, known = _right(logits, y)
+        known = logits.isfinite().all(1)
         if not bool(known.all()):
             at = int(numbers[(~known).nonzero()[0]])
             raise FlexureError(
                 f"expected finite logits at the given inputs, got others at sample {at}; mend the "
                 f"model or the inputs"
             )
-        margins = margin(logits.cpu().double(), y.cpu())
-        return torch.stack([right.cpu().double(), margins], 1)
+        return _scores(logits, y)
+
+    def scored_near(self, x: Tensor, y: Tensor, *, index: int, numbers: Tensor) -> Tensor:
+        """The same where attacks look: at one point near each input, always the same one.
+
+        Logits may be others than finite there.
+        """
+        self._start(0, index)
+        return _scores(self._logits(self.near(x, numbers), y), y)
+
+    def near(self, x: Tensor, numbers: Tensor) -> Tensor:
+        """(b, *shape), a random point of the ball and the bounds for each of these samples."""
+        generator = SampleGenerators((self.seed, -1), numbers)
+        norm = norm_named(self.norm)
+        point = norm.point(normal(x.shape, generator), uniform(x.shape[:1], generator))
+        changed = precise(x) + self.eps * point.to(precise(x))
+        return project(changed, x, norm=self.norm, eps=self.eps, limits=self.limits)
 
     def attacked(
         self, attack: Attack, x: Tensor, y: Tensor, *, place: int, index: int, numbers: Tensor
@@ -117,7 +136,7 @@ class Harness:
         generator = SampleGenerators((self.seed, place), numbers)
         self._start(1 + place, index)
         begun = time.perf_counter()
-        with warned(told), intact(self.model, name):
+        with _own_flags(), warned(told), intact(self.model, name):
             made = attack.run(self.model, x.clone(), y.clone(), eps=self.eps, generator=generator)
         x_adv = self.accepted(made, name, x)
         right, _ = _right(self._logits(x_adv, y), y)
@@ -137,7 +156,7 @@ class Harness:
         return allowed(x_adv, x, norm=self.norm, eps=self.eps, limits=self.limits)
 
     def _logits(self, x: Tensor, y: Tensor) -> Tensor:
-        with evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), unwritten(self.model), torch.no_grad():
             return check_logits(logits_of(self.model(x.clone())), y)
 
     def _start(self, stage: int, index: int) -> None:
@@ -148,6 +167,21 @@ class Harness:
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.manual_seed_all(seed)
+
+
+@contextmanager
+def _own_flags() -> Iterator[None]:
+    """Puts back what attacks may leave set for all of torch: gradients, and the default dtype."""
+    with torch.enable_grad(), default_dtype(torch.get_default_dtype()):
+        yield
+
+
+def _scores(logits: Tensor, y: Tensor) -> Tensor:
+    """(b, 3), see `Harness.scored`."""
+    z, own = logits.cpu().double(), y.cpu()[:, None]
+    lead = (z.gather(1, own) - z.scatter(1, own, -torch.inf).amax(1, keepdim=True)).squeeze(1)
+    right, _ = _right(logits, y)
+    return torch.stack([right.cpu().double(), lead, z.abs().amax(1)], 1)
 
 
 def _right(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

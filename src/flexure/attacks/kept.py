@@ -25,6 +25,7 @@ from flexure.store import Store
 __all__ = ["KeptBatches", "check_described", "histories", "identity", "key_of"]
 
 _SCORES = "scores"
+_DIGEST = "digest"
 _LIBRARY = "pyautoattack"
 
 
@@ -47,12 +48,13 @@ class KeptBatches:
         self._harness = harness
 
     def scores(self) -> Tensor | None:
-        """(B, 2), as `put_scores` was given, or None."""
-        return (self._store.get(_SCORES) or {}).get(_SCORES)
+        """(B, 6), as `put_scores` was given, or None."""
+        tensors, _ = self._intact(_SCORES)
+        return tensors.get(_SCORES)
 
     def put_scores(self, scores: Tensor) -> None:
-        """Stores what the model gives at the inputs themselves."""
-        self._store.put(_SCORES, {_SCORES: scores})
+        """Stores what the model gives at the inputs themselves, and near them."""
+        self._put(_SCORES, {_SCORES: scores}, {})
 
     def get(self, key: str, x: Tensor, numbers: Tensor) -> Found | None:
         """A batch of an attack, if it is there and is one of these samples.
@@ -62,9 +64,9 @@ class KeptBatches:
             x: (b, *shape), the inputs.
             numbers: (b,) the samples' places in all data.
         """
-        tensors, said = self._store.get(key), self._store.numbers(key)
+        tensors, said = self._intact(key)
         try:
-            x_adv, right, stored = (tensors or {})["x_adv"], *_flags(tensors or {})
+            x_adv, right, stored = tensors["x_adv"], *_flags(tensors)
             seconds, told = float(said["seconds"]), tuple(map(str, said["warnings"]))
         except (KeyError, TypeError, ValueError):
             return None
@@ -82,14 +84,29 @@ class KeptBatches:
             "right": found.right,
             "numbers": numbers.cpu(),
         }
-        self._store.put(key, tensors, {"seconds": found.seconds, "warnings": found.warnings})
+        self._put(key, tensors, {"seconds": found.seconds, "warnings": found.warnings})
+
+    def _put(self, key: str, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
+        self._store.put(key, tensors, {**said, _DIGEST: self._digest(key, tensors)})
+
+    def _intact(self, key: str) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        """Tensors and what was said with them; none where they are not those that were stored."""
+        tensors, said = self._store.get(key), self._store.numbers(key)
+        if tensors is None or not isinstance(said, dict):
+            return {}, {}
+        same = said.get(_DIGEST) == self._digest(key, tensors)
+        return (tensors, said) if same else ({}, {})
+
+    def _digest(self, key: str, tensors: Mapping[str, Tensor]) -> str:
+        """Of the values, whose they are, and of which evaluation: a copied file is none either."""
+        return _digest_of(f"{self._store.digest} {key} {described(dict(sorted(tensors.items())))}")
 
 
 def identity(harness: Harness, x: Tensor, y: Tensor, size: int) -> dict[str, str]:
     """All that the batches of any attack depend on, by name.
 
     Of the model: its class, its description (`repr`), its parameters and buffers. What these do not
-    show of it is compared by its scores (`KeptBatches.scores`).
+    show of it is compared by its scores, at the inputs and near them (`KeptBatches.scores`).
     """
     library = versions()
     try:
@@ -119,7 +136,7 @@ def histories(attacks: Sequence[Attack], *, every: bool) -> Iterator[str]:
     for place, attack in enumerate(attacks):
         past = f"every, {place}" if every else before
         text = f"{past}; {described(attack)}"
-        before = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        before = _digest_of(text)
         yield before
 
 
@@ -140,6 +157,11 @@ def check_described(attacks: Sequence[Attack]) -> None:
 def key_of(name: str, history: str, index: int) -> str:
     """The key of a batch, which is a file's name."""
     return f"{re.sub(r'[^A-Za-z0-9-]+', '_', name)}-{history}-{index:06d}"
+
+
+def _digest_of(text: str) -> str:
+    """16 hexadecimal digits."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _flags(tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

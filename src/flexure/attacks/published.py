@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexure.attacks.bounded import Bounded
+from flexure.attacks.bounded import Bounded, limits_of
 from flexure.attacks.harness import Harness
 from flexure.attacks.norms import norm_named
 from flexure.attacks.robustness import Robustness
@@ -92,6 +92,10 @@ class PublishedHarness(Harness):
                 f"that are not finite; mend it"
             )
         return made.detach().to(x)
+
+    def near(self, x: Tensor, numbers: Tensor) -> Tensor:
+        """(b, *shape), a random point of the ball for each of these samples, clamped."""
+        return super().near(x, numbers).clamp(*limits_of(self.model, x.dtype))
 
     def accepts(self, x_adv: Tensor, x: Tensor) -> bool:
         """Whether these may be what was accepted."""
