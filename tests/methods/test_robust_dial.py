@@ -220,7 +220,7 @@ def test_rows_are_paired_with_the_plain_network(
 def test_the_oracle_is_labelled_and_is_no_result(found: RobustDialSearch) -> None:
     assert found.oracle is not None
     assert found.oracle.name == ORACLE
-    assert "chosen on test data" in str(found)
+    assert "oracle: best shared dial on test data" in str(found)
     assert found.oracle not in found.rows
     assert found.to_dict()["oracle_label"] == ORACLE
 

@@ -94,7 +94,7 @@ def searched(**changes: Any) -> RobustDialSearch:
         "curve": curve(), "groups": {f"layer{k}": (f"layer{k}.<act>",) for k in range(4)},
         "norm": "linf", "eps": EPS, "radii": RADII, "clean_loss": 0.01, "attack": "PGD(steps=8)",
         "report_attack": "apgd-ce", "samples": {"val": 300, "test": TEST}, "shared_samples": 0,
-        "seed": 42, "seconds": {"search": 12.5, "report": 3.0},
+        "seed": 42, "plain_at_one": True, "notes": (), "seconds": {"search": 12.5, "report": 3.0},
         "_install": lambda: None,
     }  # fmt: skip
     return RobustDialSearch(**(given | changes))

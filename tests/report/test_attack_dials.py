@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from dataclasses import replace
@@ -12,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from flexure.methods.robust_dial_groups import ALL_SITES
 from flexure.methods.robust_dial_result import ORACLE, RobustDialSearch
 from flexure.report.attack_dials import (
     robust_dial_page,
@@ -79,7 +81,9 @@ def test_sentences_are_true_and_separate_validation_from_test(drawn: Calls) -> N
     assert "On 100 test samples, by apgd-ce" in attacked
     assert "-1.0 [" in clean
     assert "within 1 point in the mean; the interval goes beyond" in clean
-    assert oracle.startswith("Oracle: chosen on test data, for comparison only: beta = 0.6")
+    assert oracle.startswith(
+        "Oracle: best shared dial on test data, for comparison only: beta = 0.6"
+    )
 
 
 def test_the_loss_is_told_by_mean_and_interval() -> None:
@@ -168,6 +172,42 @@ def test_maps_hold_each_candidate_and_bar_those_that_lose_too_much(drawn: Calls)
     assert values[:, -1] == pytest.approx(16.0)  # beta = 1: the plain network, whatever c
     assert words["chosen"] == (0.6, 0.25)
     assert words["title"] == "Calibrated: mean"
+
+
+def test_beta_1_of_smooth_activations_is_not_called_the_plain_network(drawn: Calls) -> None:
+    ends = [candidate(shared(1.0, 0.0, match), "shared", 0.8, 0.3) for match in (None, "mean")]
+    below = [one for one in grid() if one.dial and one.dial.betas != {ALL_SITES: 1.0}]
+    plain = candidate(None, "plain", 0.91, 0.16)
+    by_group = candidate(groups_dial(), "groups", 0.905, 0.5)
+    found = searched(
+        candidates=(plain, *below, *ends, by_group), plain_at_one=False, notes=("it is <smooth>",)
+    )
+    shown = sections(found)
+    for (_, _, values), words in drawn["dial_map"]:
+        assert values[:, -1] == pytest.approx(30.0)
+        assert words["barred"][:, -1].all()
+    ((_,), words) = drawn["labelled_lines"][0]
+    assert "plain network" not in words["x_label"]
+    assert "at beta = 1 a unit is piecewise affine" in (
+        shown["The chosen dial, group by group"].caption
+    )
+    assert robust_dial_summary(found)[-1] == "Note: it is <smooth>."
+    without = searched(candidates=(plain, *below, by_group), plain_at_one=False)
+    sections(without)
+    assert drawn["dial_map"][-1][0][0] == list(BETAS[:-1])  # never the plain network's place
+
+
+def test_the_plain_network_has_no_loss_and_one_sample_no_interval(drawn: Calls) -> None:
+    found = searched()
+    one = replace(found.rows[1].clean_difference, low=math.nan, high=math.nan)
+    rows = (found.rows[0], replace(found.rows[1], clean_difference=one))
+    table = sections(replace(found, rows=rows))["The chosen dials on test data"].table
+    assert table is not None
+    assert [line[-1] for line in table.rows[:2]] == ["\N{EN DASH}", "yes / -"]
+    chosen = replace(found.rows[-1], clean_difference=one)
+    told = robust_dial_summary(replace(found, rows=(found.rows[0], chosen)))
+    assert "one sample has no interval" in told[2]
+    assert "nan" not in " ".join(told)
 
 
 def test_one_dial_alone_has_no_map(drawn: Calls) -> None:

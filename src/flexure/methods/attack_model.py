@@ -25,7 +25,7 @@ from flexure.attacks.masking_result import MaskingReport
 from flexure.attacks.norms import check_eps, norm_named
 from flexure.contracts import Attack, Batches, DataError, FlexureError
 from flexure.measure.certificates import Certificates, certified_radius
-from flexure.methods.attack_model_bench import Bench, Task
+from flexure.methods.attack_model_bench import Bench, Task, check_unused
 from flexure.methods.attack_model_result import (
     AttackedModel,
     AttackReport,
@@ -86,7 +86,8 @@ def attack_model(
         model: a classifier of normalised inputs, or a `Bounded`.
         data: labelled batches `(x, y)`, or one pair of tensors; x (B, *shape) within the bounds,
             before normalisation.
-        mean: of the normalisation, one number a channel; None: inputs go in as they are.
+        mean: of the normalisation, one number a channel, of models that are no `Bounded`; None:
+            inputs go in as they are.
         std: likewise.
         bounds: lowest and highest value of inputs; None: there are none.
         attacks: names (`attacks.catalogue.ATTACKS`) or `Attack` objects, in the order in which
@@ -134,11 +135,14 @@ def attack_model(
     if type(keep) is not int or keep < 0:
         raise FlexureError(f"expected keep to be a whole number, at least 0, got {keep!r}; give 8")
     x, y = _read(data, device_of(model))
+    given = _named(names, model, reference)
+    if all(isinstance(each, Bounded) for each in given.values()):
+        check_unused(mean, std)
     models = {
         name: each
         if isinstance(each, Bounded)
         else Bounded(each, mean=mean, std=std, bounds=bounds)
-        for name, each in _named(names, model, reference).items()
+        for name, each in given.items()
     }
     reporter = ProgressReporter(progress if current_processes().is_first else None)
     bench = Bench(
@@ -299,11 +303,7 @@ def _masking(
 def _notes(found: Sequence[AttackedModel], tasks: Sequence[Task]) -> Iterator[str]:
     """What a reader must know."""
     for model in found:
-        said: dict[str, None] = {}
-        for at in model.at:
-            for stage in at.stages:
-                said |= dict.fromkeys(f"{stage.name}: {text}" for text in stage.warnings)
-        yield from (f"{model.name}: {text}" for text in said)
+        yield from (f"{model.name}: {text}" for text in model.warnings)
     if any(not task.carries for task in tasks):
         told = (
             f"{at.reached[0]:.3g} for {radius_text(at.eps, at.norm)} in {at.norm}"

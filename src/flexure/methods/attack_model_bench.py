@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from flexure.attacks.bounded import Bounded
 from flexure.attacks.evaluate import Robustness, robust_accuracy
 from flexure.attacks.published import PublishedRobustness
 from flexure.calling import evaluating, logits_of
-from flexure.contracts import Attack
+from flexure.contracts import Attack, FlexureError
 from flexure.methods.attack_model_result import (
     AdversarialExamples,
     AttackedAt,
@@ -27,7 +28,7 @@ from flexure.methods.attack_model_result import (
 )
 from flexure.progress import ProgressReporter
 
-__all__ = ["Bench", "Task"]
+__all__ = ["Bench", "Task", "check_unused"]
 
 
 @dataclass(frozen=True)
@@ -257,3 +258,16 @@ class Bench:
         with evaluating(model), torch.no_grad():
             logits = logits_of(model(x.to(self._x.device)))
         return torch.where(logits.isfinite().all(1), logits.argmax(1), -1).cpu()
+
+
+def check_unused(mean: Any, std: Any) -> None:
+    """Refuses a normalisation besides that of a `Bounded`.
+
+    Raises:
+        FlexureError: there is one.
+    """
+    if mean is not None or std is not None:
+        raise FlexureError(
+            "expected no mean and std with a Bounded, which has its own, got some; leave them out, "
+            "or give the model inside"
+        )

@@ -138,6 +138,14 @@ class AttackedModel:
         wanted = (norm, eps, protocol)
         return next((at for at in self.at if (at.norm, at.eps, at.protocol) == wanted), None)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What attacks warned of, each once, with their names."""
+        stages = (stage for at in self.at for stage in at.stages)
+        return tuple(
+            dict.fromkeys(f"{one.name}: {text}" for one in stages for text in one.warnings)
+        )
+
 
 @dataclass(frozen=True)
 class AdversarialExamples:

@@ -68,7 +68,10 @@ class PairedShare:
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
-        return f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+        value = f"{100 * self.value:+.1f}"
+        if math.isnan(self.low):
+            return value
+        return f"{value} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
 
 
 def share(hits: Tensor) -> Share:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from glob import escape
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,21 @@ from flexure.attacks.draws import SampleGenerators
 from flexure.attacks.pgd import PGD
 from flexure.calling import check_logits, logits_of
 from flexure.contracts import Attack, Example, FlexureError
+from flexure.fingerprints import fingerprint
 from flexure.measuring import measuring
 from flexure.methods.robust_dial_groups import ALL_SITES
 from flexure.methods.robust_dial_result import RobustDial
 from flexure.methods.steer import Steering, steer
 from flexure.store import Store
+from flexure.surgery.census import check_free
 from flexure.surgery.sites import Where
 
-__all__ = ["DialBench", "DialledModel", "Outcome"]
+__all__ = ["Axis", "DialBench", "DialledModel", "Installer", "Outcome"]
+
+Axis: TypeAlias = "int | dict[str, int] | None"
+
+_FEW = 2
+"""Inputs that tell whether a model takes them."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,12 @@ class DialledModel:
         groups: name -> the sites in it.
         example: to find the sites with.
         where: the sites to steer.
+        axis: of channels, as in `steer`.
         calibration: batches of normalised inputs.
+        plain_at_one: whether beta = 1 is the network as it was, at every site.
+
+    Attributes:
+        plain_at_one: see above.
     """
 
     def __init__(
@@ -73,10 +85,13 @@ class DialledModel:
         *,
         example: Example,
         where: Where,
+        axis: Axis,
         calibration: Sequence[Any],
+        plain_at_one: bool,
     ) -> None:
-        self.bounded, self.groups = bounded, groups
-        self._example, self._where, self._calibration = example, where, calibration
+        self.bounded, self.groups, self.plain_at_one = bounded, groups, plain_at_one
+        self._example, self._where, self._axis = example, where, axis
+        self._calibration = calibration
         self._steering: Steering | None = None
         self._match: str | None = None
 
@@ -114,8 +129,22 @@ class DialledModel:
             kept = {"calibration": self._calibration, "match": dial.match}
         return steer(
             self.bounded.model, beta=self.by_site(dial.betas), c=self.by_site(dial.cs),
-            example=self._example, where=self._where, **kept,
+            example=self._example, where=self._where, axis=self._axis, **kept,
         )  # fmt: skip
+
+    def installer(self, dial: RobustDial | None, digest: str) -> Installer:
+        """What steers the model at a dial later, and needs no more than that.
+
+        Args:
+            dial: see `steered`.
+            digest: `fingerprint` of the model with its bounds, as it was.
+        """
+        kept = self._calibration if dial is not None and dial.match is not None else ()
+        model = DialledModel(
+            self.bounded, self.groups, example=self._example, where=self._where, axis=self._axis,
+            calibration=kept, plain_at_one=self.plain_at_one,
+        )  # fmt: skip
+        return Installer(model, dial, digest)
 
     def close(self) -> None:
         """Puts the model back; a second call does nothing."""
@@ -128,10 +157,38 @@ class DialledModel:
         if dial is None:
             return "plain"
         sites = {site: name for name, sites in self.groups.items() for site in sites}
-        return [
-            [s, *(v.get(ALL_SITES, v.get(name)) for v in (dial.betas, dial.cs))]
+        both = {
+            s: [values.get(ALL_SITES, values.get(name)) for values in (dial.betas, dial.cs)]
             for s, name in sorted(sites.items())
-        ] + [dial.match]
+        }
+        # At beta = 1, c has no effect.
+        told = [[s, beta, None if beta == 1 else c] for s, (beta, c) in both.items()]
+        return [*told, dial.match]
+
+
+@dataclass(frozen=True)
+class Installer:
+    """Steers a model at the dial that a search chose for it."""
+
+    model: DialledModel
+    dial: RobustDial | None
+    digest: str
+
+    def __call__(self) -> Steering:
+        """Steers it.
+
+        Raises:
+            FlexureError: there is no dial, or the model is not the one that was searched any more.
+            SiteError: the model is steered already.
+        """
+        if self.dial is not None:
+            check_free(self.model.bounded)
+            if fingerprint(self.model.bounded) != self.digest:
+                raise FlexureError(
+                    "expected the network as it was searched, got one whose weights or modules "
+                    "changed since; search anew"
+                )
+        return self.model.steered(self.dial)
 
 
 class DialBench:
@@ -173,6 +230,17 @@ class DialBench:
         """
         more = tuple(sorted(set(radii) - {self._eps}))
         return self._kept("attacked", dial, more) or self._found(dial, more)
+
+    def check(self) -> None:
+        """Runs the model as it was on a few inputs, and looks at all labels.
+
+        Raises:
+            FlexureError: no logits, or labels that are not among them.
+        """
+        with self._at(None) as model, torch.no_grad():
+            logits = logits_of(model(self.x[:_FEW].clone()))
+        check_logits(logits, None)
+        check_logits(logits[:1].expand(len(self.y), -1), self.y)
 
     def clean(self, dial: RobustDial | None) -> float:
         """The accuracy without an attack."""

@@ -32,27 +32,44 @@ def site_groups(names: Sequence[str], groups: Groups) -> dict[str, tuple[str, ..
             a site counts.
 
     Raises:
-        FlexureError: other groups, a group without sites, or a site without a group.
+        FlexureError: other groups, a group without sites, a site without a group, or a group whose
+            name means something else.
     """
     if groups == "sites":
-        return {name: (name,) for name in names}
-    if groups == "layers":
-        found: dict[str, tuple[str, ...]] = {}
-        for name in names:
-            group = _first(name)
-            found[group] = (*found.get(group, ()), name)
-        return found
-    if not isinstance(groups, Mapping) or not groups:
+        found = {name: (name,) for name in names}
+    elif groups == "layers":
+        found = _layers(names)
+    elif isinstance(groups, Mapping) and groups:
+        found = _given(names, groups)
+    else:
         raise FlexureError(
             f"expected groups to be 'layers', 'sites', or name -> patterns of sites, got {groups!r}"
         )
-    return _given(names, groups)
+    if ALL_SITES in found:
+        raise FlexureError(
+            f"expected other names of groups than {ALL_SITES!r}, which is the dial that all sites "
+            f"share; give groups with other names"
+        )
+    return found
+
+
+def _layers(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        layer = _first(name)
+        if layer == TOP_LEVEL:
+            raise FlexureError(
+                f"expected no module called {TOP_LEVEL!r}, which is the group of sites in no "
+                f"module; give groups with names of their own"
+            )
+        found[layer or TOP_LEVEL] = (*found.get(layer or TOP_LEVEL, ()), name)
+    return found
 
 
 def _first(name: str) -> str:
-    """The outermost module that a site is in."""
+    """The outermost module that a site is in; nothing for those in none."""
     inside = name.replace(":", ".")
-    return inside.partition(".")[0] or TOP_LEVEL if "." in inside else TOP_LEVEL
+    return inside.partition(".")[0] if "." in inside else ""
 
 
 def _given(

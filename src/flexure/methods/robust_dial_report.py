@@ -40,6 +40,7 @@ class Report:
     rows: tuple[DialRow, ...]
     oracle: DialRow | None
     curve: tuple[CurvePoint, ...]
+    notes: tuple[str, ...] = ()
 
 
 class Reporting:
@@ -62,6 +63,7 @@ class Reporting:
         self._bench, self._settings, self._folder = bench, settings, folder
         self._reporter = reporter
         self._known: dict[str, AttackedModel] = {}
+        self._warned: list[tuple[str, str]] = []
 
     def report(
         self,
@@ -71,16 +73,14 @@ class Reporting:
         oracle: bool,
     ) -> Report:
         """The rows of the best dials of each kind, the curve, and the oracle if it is asked for."""
-        grid = self._settings.grid()
+        grid = self._settings.grid(self._bench.model.plain_at_one)
         rows = [self._row(name, one.dial) for name, one in _kinds(candidates, chosen)]
         best = self._oracle(grid) if oracle else None
         told = None if best is None else self._row(ORACLE, best)
-        shared = max(
-            (one for one in candidates if one.stage == "shared" and one.allowed),
-            key=lambda one: one.objective,
-            default=candidates[0],
-        )
-        return Report(tuple(rows), told, tuple(self._curve(shared.dial, grid)))
+        base, notes = _base(candidates)
+        curve = () if base is None else tuple(self._curve(base, grid))
+        warned = (f"{name}: {text}" for name, text in self._warned)
+        return Report(tuple(rows), told, curve, (*dict.fromkeys(warned), *notes))
 
     def _attacked(self, dial: RobustDial | None) -> AttackedModel:
         """A dial under the attack of the report, once."""
@@ -96,6 +96,7 @@ class Reporting:
             )  # fmt: skip
             model.turn(dial)
             self._known[key], _ = bench.attacked(0, f"test, {told}", model.bounded)
+            self._warned += [(told, text) for text in self._known[key].warnings]
         return self._known[key]
 
     def _row(self, name: str, dial: RobustDial | None) -> DialRow:
@@ -125,15 +126,14 @@ class Reporting:
             self._reporter("test, oracle", done, len(grid))
         return max(found, key=lambda one: one[0], default=(0.0, None))[1]
 
-    def _curve(self, dial: RobustDial | None, grid: Sequence[RobustDial]) -> Iterator[CurvePoint]:
+    def _curve(self, dial: RobustDial, grid: Sequence[RobustDial]) -> Iterator[CurvePoint]:
         """All betas of the grid at the c and the calibration of one dial."""
-        if dial is None:
-            return
         betas = sorted({one.betas[ALL_SITES] for one in grid})
+        ends = {one.match: one for one in grid if one.betas[ALL_SITES] == 1}
         for done, beta in enumerate(betas, 1):
             here = replace(dial, betas={ALL_SITES: beta})
-            if beta == 1.0:
-                here = grid[-1]
+            if beta == 1:
+                here = ends.get(dial.match, grid[-1])
             found = self._bench(here, self._settings.all_radii)
             robust = {eps: share(hits) for eps, hits in sorted(found.robust.items())}
             c, match = dial.cs[ALL_SITES], dial.match
@@ -159,6 +159,25 @@ def _kinds(
         if allowed:
             best = max(allowed, key=lambda one: one.objective)
             yield name + (" (chosen)" if best == chosen else ""), best
+
+
+def _base(candidates: Sequence[DialCandidate]) -> tuple[RobustDial | None, tuple[str, ...]]:
+    """The dial whose c and calibration the curve is at, and what must be told of it.
+
+    At beta = 1, c has no effect, and calibration often none: it tells neither.
+    """
+    shared = [one for one in candidates if one.stage == "shared" and one.dial is not None]
+    below = [one for one in shared if one.dial is not None and one.dial.betas[ALL_SITES] < 1]
+    allowed = [one for one in below if one.allowed]
+    best = max(allowed or below or shared, key=lambda one: one.objective, default=None)
+    if best is None:
+        return None, ()
+    if allowed or not below:
+        return best.dial, ()
+    return best.dial, (
+        "no shared dial with beta below 1 keeps the clean accuracy; the curve over beta is at c "
+        "and calibration of the one of highest objective",
+    )
 
 
 def _cs(one: DialCandidate) -> tuple[float, ...]:

@@ -5,11 +5,13 @@ Frozen, printable, and in JSON terms.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from flexure.columns import aligned
+from flexure.contracts import FlexureError
 from flexure.methods.attack_model_result import radius_text
 from flexure.methods.attack_model_shares import PairedShare, Share
 from flexure.methods.robust_dial_groups import ALL_SITES
@@ -23,13 +25,15 @@ __all__ = [
     "DialRow",
     "RobustDial",
     "RobustDialSearch",
+    "within_text",
 ]
 
 
-ORACLE = "oracle: chosen on test data"
+ORACLE = "oracle: best shared dial on test data"
 """What a row is called that no honest choice could have made."""
 
 _MOST_LISTED = 4
+_NOTHING = "-"
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,9 @@ class DialRow:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One beta on test data, by the attack of the search, at the best shared c and calibration.
+    """One beta on test data, by the attack of the search.
+
+    All are at c and the calibration of the best shared dial with beta below 1.
 
     Attributes:
         beta: for all sites.
@@ -132,8 +138,9 @@ class RobustDialSearch:
             on validation data.
         chosen: the best of them that is allowed.
         rows: on test data: the plain network, and the best dials of each kind; empty without.
-        oracle: the shared dial that does best on the test data themselves: what no honest choice
-            can be expected to reach, told for comparison only; None where it was not asked for.
+        oracle: the shared dial that does best on the test data themselves under the attack of the
+            search, told for comparison only; None where it was not asked for. Dials by groups are
+            not among those that it is the best of, and may do better.
         curve: on test data, by beta.
         groups: name -> sites.
         norm: of the attacks.
@@ -145,6 +152,8 @@ class RobustDialSearch:
         samples: split -> number of samples.
         shared_samples: that occur in both splits.
         seed: of everything random.
+        plain_at_one: whether beta = 1 is the network as it was: not where activations are smooth.
+        notes: what a reader must know, such as warnings of the attack of the report.
         seconds: stage -> wall-clock time.
     """
 
@@ -163,8 +172,10 @@ class RobustDialSearch:
     samples: Mapping[str, int]
     shared_samples: int
     seed: int
+    plain_at_one: bool
+    notes: tuple[str, ...]
     seconds: Mapping[str, float] = field(compare=False)
-    _install: Callable[[], Steering] = field(repr=False, compare=False)
+    _install: Callable[[], Steering] | None = field(repr=False, compare=False)
 
     @property
     def plain(self) -> DialCandidate:
@@ -188,9 +199,15 @@ class RobustDialSearch:
             The handle whose `remove()` restores the model exactly.
 
         Raises:
-            FlexureError: the network does best as it was.
+            FlexureError: the network does best as it was, or changed since; or the search was
+                copied or stored, which leaves the network behind.
             SiteError: the model is steered already.
         """
+        if self._install is None:
+            raise FlexureError(
+                "expected the search as it was returned, got a copy, which holds no network; "
+                "install from the original and save that as an adapter"
+            )
         return self._install()
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,7 +216,16 @@ class RobustDialSearch:
         found = {name: to_json(_keyed(getattr(self, name))) for name in names}
         return found | {"gain": to_json(self.gain), "oracle_label": ORACLE}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_install": None}
+
     def __str__(self) -> str:
+        told = [*self._lines()]
+        if self.shared_samples:
+            told.append(f"Note: {self.shared_samples} samples are in both splits")
+        return "\n".join([*told, *(f"Note: {note}" for note in self.notes)])
+
+    def _lines(self) -> list[str]:
         at = radius_text(self.eps, self.norm)
         head = [
             f"robust dial for {self.norm} {at}, chosen on {self.samples['val']} validation samples "
@@ -209,14 +235,14 @@ class RobustDialSearch:
             f"{self.plain.clean:.1%}, {self.plain.robust[self.eps]:.1%})",
         ]
         if not self.rows:
-            return "\n".join([*head, "no test data: nothing is reported"])
+            return [*head, "no test data: nothing is reported"]
         shown = [*self.rows, *([] if self.oracle is None else [self.oracle])]
         radii = [radius_text(eps, self.norm) for eps in self.rows[0].robust]
         head += [
             f"on {self.samples['test']} test samples, by {self.report_attack}: % and paired "
             f"difference to the plain network [95 %], at {', '.join(radii)}"
         ]
-        return "\n".join([*head, *aligned([self._told(row) for row in shown], ruled=True)])
+        return [*head, *aligned([self._told(row) for row in shown], ruled=True)]
 
     def _told(self, row: DialRow) -> dict[str, str]:
         plain = row.dial is None
@@ -230,9 +256,15 @@ class RobustDialSearch:
             told[radius_text(eps, self.norm)] = f"{found}{more}"
         points = 100 * self.clean_loss
         told[f"clean within {points:g} points: mean, interval"] = (
-            f"{_yes(row.mean_within)}, {_yes(row.interval_within)}"
+            _NOTHING if plain else within_text(row)
         )
         return told
+
+
+def within_text(row: DialRow) -> str:
+    """Whether the loss of clean accuracy is within what was accepted: of mean and interval."""
+    interval = math.isfinite(row.clean_difference.low)
+    return f"{_yes(row.mean_within)}, {_yes(row.interval_within) if interval else _NOTHING}"
 
 
 def _listed(values: Sequence[float]) -> str:

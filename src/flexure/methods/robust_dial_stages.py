@@ -6,13 +6,14 @@ How a dial is evaluated is `robust_dial_bench`'s business, where to go next that
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import torch
 
 from flexure.methods.robust_dial_bench import DialBench, Outcome
 from flexure.methods.robust_dial_groups import ALL_SITES
-from flexure.methods.robust_dial_moves import SEARCHES, Point
+from flexure.methods.robust_dial_moves import SEARCHES, Moves, Point
 from flexure.methods.robust_dial_result import DialCandidate, RobustDial
 from flexure.methods.robust_dial_setup import DialSettings
 from flexure.progress import ProgressReporter
@@ -82,13 +83,13 @@ class Stages:
         plain = bench(None, ())
         self._objective = DialObjective(plain.clean, settings.clean_loss)
         self.candidates = [self._candidate(None, "plain", plain)]
+        self._scores: dict[str, float] = {}
 
     def shared(self) -> None:
         """Tries every shared dial."""
-        grid = self._settings.grid()
+        grid = self._settings.grid(self._bench.model.plain_at_one)
         for done, dial in enumerate(grid, 1):
-            found = self._bench(dial, ())
-            self.candidates.append(self._candidate(dial, "shared", found))
+            self._tried(dial, "shared")
             self._reporter("shared dials", done, len(grid))
 
     def groups(self, names: tuple[str, ...], search: str) -> None:
@@ -98,16 +99,7 @@ class Stages:
                 values[ALL_SITES] for values in (dial.betas, dial.cs) for _ in names
             )
             moves = SEARCHES[search](here, score, self._settings.seed)
-            point = next(moves, None)
-            for done in range(1, self._settings.budget + 1):
-                if point is None:
-                    break
-                score = self._tried(names, point, dial.match)
-                self._reporter(f"group dials, start {number}", done, self._settings.budget)
-                try:
-                    point = moves.send(score)
-                except StopIteration:
-                    break
+            self._follow(moves, names, dial.match, f"group dials, start {number}")
 
     def best(self) -> DialCandidate:
         """Of all that are allowed, the highest objective; of equals the first."""
@@ -121,14 +113,32 @@ class Stages:
                 found.setdefault(one.dial.match, (one.dial, one.objective))
         return list(found.values())[: self._settings.starts]
 
-    def _tried(self, names: tuple[str, ...], point: Point, match: str | None) -> float:
-        """The objective at a point."""
-        betas, cs = point[: len(names)], point[len(names) :]
-        dial = RobustDial(
-            dict(zip(names, betas, strict=True)), dict(zip(names, cs, strict=True)), match
-        )
-        self.candidates.append(self._candidate(dial, "groups", self._bench(dial, ())))
-        return self.candidates[-1].objective
+    def _follow(self, moves: Moves, names: tuple[str, ...], match: str | None, told: str) -> None:
+        """One search to its end, or until the budget is spent: known points cost nothing."""
+        spent, point = 0, next(moves, None)
+        while point is not None and spent < self._settings.budget:
+            betas, cs = point[: len(names)], point[len(names) :]
+            dial = RobustDial(
+                dict(zip(names, betas, strict=True)), dict(zip(names, cs, strict=True)), match
+            )
+            score = self._scores.get(self._key(dial))
+            if score is None:
+                score = self._tried(dial, "groups")
+                spent += 1
+                self._reporter(told, spent, self._settings.budget)
+            try:
+                point = moves.send(score)
+            except StopIteration:
+                break
+
+    def _tried(self, dial: RobustDial, stage: str) -> float:
+        """The objective of a dial that is new."""
+        self.candidates.append(self._candidate(dial, stage, self._bench(dial, ())))
+        score = self._scores[self._key(dial)] = self.candidates[-1].objective
+        return score
+
+    def _key(self, dial: RobustDial) -> str:
+        return json.dumps(self._bench.model.key(dial))
 
     def _candidate(self, dial: RobustDial | None, stage: str, found: Outcome) -> DialCandidate:
         robust = {eps: float(hits.double().mean()) for eps, hits in sorted(found.robust.items())}

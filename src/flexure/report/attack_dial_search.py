@@ -95,12 +95,13 @@ def group_sections(found: RobustDialSearch) -> list[Section]:
         "beta", "c",
     )  # fmt: skip
     chosen = "" if best is found.chosen else " It was not chosen: the choice is one for all sites."
+    unit = "unchanged" if found.plain_at_one else "piecewise affine"
     return [
         Section(
             f"{who}, group by group",
             pictures=(group_dials(groups, title=f"{who}, {kept}"),),
             table=table,
-            caption=f"Groups of sites in network order; at beta = 1 a unit is unchanged.{chosen}",
+            caption=f"Groups of sites in network order; at beta = 1 a unit is {unit}.{chosen}",
         )
     ]
 
@@ -184,7 +185,10 @@ def _map(
     import numpy as np
 
     known = {(one.dial.betas[ALL_SITES], one.dial.cs[ALL_SITES]): one for one in some if one.dial}
-    betas = sorted({beta for beta, _ in known} | {1.0})
+    end = next((one for (beta, _), one in known.items() if beta == 1.0), None)
+    if end is None and found.plain_at_one:
+        end = found.plain
+    betas = sorted({beta for beta, _ in known} | ({1.0} if end is not None else set()))
     cs = sorted({c for beta, c in known if beta != 1.0})
     if len(cs) < 2 or len(betas) < 3:
         return None
@@ -192,7 +196,9 @@ def _map(
     barred = np.zeros(values.shape, dtype=bool)
     for row, c in enumerate(cs):
         for column, beta in enumerate(betas):
-            one = found.plain if beta == 1.0 else known.get((beta, c))
+            one = known.get((beta, c))
+            if beta == 1.0:  # whatever c
+                one = end
             if one is not None:
                 values[row, column] = 100 * one.robust[found.eps]
                 barred[row, column] = not one.allowed

@@ -6,6 +6,7 @@ Reads a finished `RobustDialSearch`; searches and attacks nothing. What the choi
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from flexure.methods.robust_dial_result import (
     CurvePoint,
     DialRow,
     RobustDialSearch,
+    within_text,
 )
 from flexure.report.attack_curves import NORMS, estimate_of, look_of, paired_text, share_text
 from flexure.report.attack_dial_search import (
@@ -49,8 +51,8 @@ DOES_NOT_SHOW = (
     "stronger one may find more.",
     "Anything of radii, norms and dials that were not tried.",
     "An unbiased number on validation data: the best of many dials looks better there than it is.",
-    "What can be reached: the oracle is chosen by the test data it is reported on, and therefore "
-    "too good.",
+    "What can be reached: the oracle is the best shared dial on the test data that it is reported "
+    "on, by the attack of the search, and therefore too good; dials by groups may still do better.",
 )
 
 
@@ -82,7 +84,7 @@ def robust_dial_summary(found: RobustDialSearch) -> tuple[str, ...]:
         f"{percent(chosen.robust[found.eps])} right under attack and {percent(chosen.clean)} "
         f"without; plain network: {percent(plain.robust[found.eps])} and {percent(plain.clean)}."
     )
-    return (head, *_test_sentences(found), *_overlap(found))
+    return (head, *_test_sentences(found), *_overlap(found), *(f"Note: {n}." for n in found.notes))
 
 
 def robust_dial_sections(found: RobustDialSearch) -> list[Section]:
@@ -131,6 +133,9 @@ def _loss_text(found: RobustDialSearch, row: DialRow) -> str:
     """Whether the clean accuracy that was asked for is kept, and how surely."""
     if row.interval_within:
         return f"The loss is within {points_of(found)} by the interval, too."
+    if math.isnan(row.clean_difference.low):
+        where = "within" if row.mean_within else "beyond"
+        return f"The loss is {where} {points_of(found)}; one sample has no interval."
     if row.mean_within:
         return f"The loss is within {points_of(found)} in the mean; the interval goes beyond."
     return f"The loss is beyond {points_of(found)}."
@@ -160,8 +165,8 @@ def _row_sections(found: RobustDialSearch) -> list[Section]:
     oracle = (
         ""
         if found.oracle is None
-        else " But the oracle: it was chosen by these test data, is too good for that reason, and "
-        "is here for comparison only."
+        else " But the oracle: it is the best of the shared dials on these test data by the attack "
+        "of the search, is too good for that reason, and is here for comparison only."
     )
     return [
         Section(
@@ -196,7 +201,7 @@ def _choice_table(found: RobustDialSearch, rows: Sequence[DialRow]) -> Table:
             f"{row.name}: {dial_text(row.dial)}", share_text(row.clean),
             paired_text(row.clean_difference), share_text(row.robust.get(found.eps)),
             paired_text(row.robust_difference.get(found.eps)),
-            f"{_yes(row.mean_within)} / {_yes(row.interval_within)}",
+            within_text(row).replace(", ", " / "),
         ))  # fmt: skip
     return table_of(columns, cells, *columns[1:])
 
@@ -211,10 +216,6 @@ def _radius_table(found: RobustDialSearch, rows: Sequence[DialRow]) -> Table:
             cells.append((row.name, radius_text(eps, found.norm), share_text(told),
                           paired_text(between), won))  # fmt: skip
     return table_of(columns, cells, *columns[1:])
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 def _curve_sections(found: RobustDialSearch) -> list[Section]:
@@ -233,7 +234,7 @@ def _curve_sections(found: RobustDialSearch) -> list[Section]:
     picture = labelled_lines(
         sorted(lines, key=lambda line: line.role == "worst"),
         title="Accuracy against beta",
-        x_label="beta, of all sites (no unit; 1 is the plain network)",
+        x_label=f"beta, of all sites (no unit; {_at_one(found)})",
         y_label="accuracy on test data (%)",
         marks=_marks(found),
     )
@@ -247,6 +248,12 @@ def _curve_sections(found: RobustDialSearch) -> list[Section]:
             f"was chosen for.",
         )
     ]
+
+
+def _at_one(found: RobustDialSearch) -> str:
+    if found.plain_at_one:
+        return "1 is the plain network"
+    return "at 1 activations are piecewise affine"
 
 
 def _curve_setting(points: Sequence[CurvePoint]) -> str:
