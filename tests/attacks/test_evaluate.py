@@ -364,6 +364,39 @@ def test_batches_seeds_and_repetitions() -> None:
     assert half.accuracy == found.accuracy
 
 
+def test_what_attacks_set_for_all_of_torch_is_put_back() -> None:
+    @dataclass(frozen=True)
+    class Setting:
+        norm: str = "linf"
+
+        def run(self, model, x, y, *, eps, generator):
+            torch.set_grad_enabled(False)
+            torch.set_default_dtype(torch.float64)
+            y.fill_(0)
+            return x
+
+    x, y = samples()
+    model, attack = Bounded(network()), PGD("linf", steps=3)
+    try:
+        found = robust_accuracy(model, x, y, attack=[Setting(), attack], eps=0.1, seed=0)
+        state = torch.is_grad_enabled(), torch.get_default_dtype()
+    finally:
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float32)
+    assert state == (True, torch.float32)
+    assert found.attacks[0].found == 0 < found.attacks[1].found
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_inputs() -> None:
+    class Large(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("tried to allocate 2 EiB")
+
+    x, y = torch.rand(3, 10), torch.zeros(3).long()
+    with pytest.raises(torch.OutOfMemoryError, match="2 EiB"):
+        robust_accuracy(Bounded(Large(10, 2)), x, y, attack="pgd", norm="l2", eps=0.1, seed=0)
+
+
 def test_stochastic_models_are_the_same_again() -> None:
     class Noisy(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flexure.attacks import APGD, FAB, Bounded, PublishedRobustness, Robustness, robust_accuracy
+from flexure.attacks import (
+    APGD,
+    FAB,
+    PGD,
+    Bounded,
+    PublishedRobustness,
+    Robustness,
+    robust_accuracy,
+)
 from flexure.contracts import FlexureError
 from tests.measure.untouched import untouched
 
@@ -132,6 +140,27 @@ def test_what_it_needs() -> None:
         robust_accuracy(model, x, y, attack=attack, eps=0.1, seed=0, protocol="published")
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("eps", [0.0, 0.02])
+def test_attacks_that_return_what_they_tried(norm: str, eps: float) -> None:
+    """PGD moves all samples; those that it did not beat are as they were in the result."""
+    x, y = images()
+    attack = PGD(norm, steps=3)
+    found = published(attack, x, y, eps=eps)
+    assert isinstance(found, PublishedRobustness)
+    assert 0 < int(found.robust.sum()) < int(found.clean.sum())
+    kept = ~found.beaten_by.any(1)
+    assert torch.equal(found.x_adv[kept], x[kept])
+    assert (found.distance[kept] == 0).all()
+    assert (found.distance_in_pixels[kept] == 0).all()
+    assert found.largest == float(found.distance[~kept].max()) > 0
+    if not eps:
+        clamped = normalised(x).clamp(0, 1)
+        with torch.no_grad():
+            assert torch.equal(found.robust, found.clean & (network()(clamped).argmax(1) == y))
+        torch.testing.assert_close(normalised(found.x_adv)[~kept], clamped[~kept])
+
+
 class Returns:
     norm = "linf"
 
@@ -143,11 +172,16 @@ class Returns:
 
 
 @pytest.mark.parametrize(
-    "made", [None, torch.zeros(2, 3, 3, 3), torch.full((4, 3, 3, 3), torch.nan)]
+    ("made", "message"),
+    [
+        (None, r"inputs \(4, 3, 3, 3\), got NoneType"),
+        (torch.zeros(2, 3, 3, 3), r"inputs \(4, 3, 3, 3\), got \(2, 3, 3, 3\)"),
+        (torch.full((4, 3, 3, 3), torch.nan), "finite inputs, got nan"),
+    ],
 )
-def test_attacks_return_finite_inputs(made: object) -> None:
+def test_attacks_return_finite_inputs(made: object, message: str) -> None:
     x, _ = images(4)
-    with pytest.raises(FlexureError, match="finite inputs"):
+    with pytest.raises(FlexureError, match=message):
         robust_accuracy(
             bounded(), x, bounded()(x).argmax(1), attack=Returns(made), eps=0.1, seed=0,
             protocol="published",

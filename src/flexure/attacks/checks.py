@@ -13,7 +13,7 @@ from torch import Tensor
 from flexure.attacks.norms import norm_named, project
 from flexure.contracts import Attack, FlexureError
 
-__all__ = ["allowed", "check_attack", "check_seed", "checked"]
+__all__ = ["allowed", "check_attack", "check_seed", "checked", "finite_inputs"]
 
 _TOLERANCE = 1e-4
 """Relative excess over the radius that is forgiven: float32 cannot hold the sum x + change."""
@@ -67,18 +67,35 @@ def checked(
         FlexureError: it is no finite tensor of this shape, or the precision of x is too low for
             this radius.
     """
+    inputs = project(finite_inputs(found, name, x), x, norm=norm, eps=eps, limits=limits)
+    if not allowed(inputs, x, norm=norm, eps=eps, limits=limits):
+        raise FlexureError(
+            f"expected projected inputs within {eps} and within {limits}, got a distance of "
+            f"{_farthest(inputs, x, norm)}; use float64 or a larger eps"
+        )
+    return inputs
+
+
+def finite_inputs(found: Any, name: str, x: Tensor) -> Tensor:
+    """What an attack returned, once it is inputs as those that were attacked.
+
+    Args:
+        found: anything.
+        name: of the attack, for errors.
+        x: (B, *shape), what was attacked.
+
+    Returns:
+        (B, *shape) of the dtype and device of x, without a graph.
+
+    Raises:
+        FlexureError: it is no finite tensor of this shape.
+    """
     if not isinstance(found, Tensor) or found.shape != x.shape:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise FlexureError(f"expected {name} to return inputs {tuple(x.shape)}, got {got}; mend it")
     inputs: Tensor = found.detach().to(x)
     if not bool(inputs.isfinite().all()):
         raise FlexureError(f"expected {name} to return finite inputs, got nan or infinity; mend it")
-    inputs = project(inputs, x, norm=norm, eps=eps, limits=limits)
-    if not allowed(inputs, x, norm=norm, eps=eps, limits=limits):
-        raise FlexureError(
-            f"expected projected inputs within {eps} and within {limits}, got a distance of "
-            f"{_farthest(inputs, x, norm)}; use float64 or a larger eps"
-        )
     return inputs
 
 

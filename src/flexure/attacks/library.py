@@ -288,9 +288,9 @@ def _run(
     finite = found.isfinite().flatten(1).all(1)
     if not bool(finite.all()):
         model.warn(
-            f"{int((~finite).sum())} of {len(x)} results of the attack were not finite and were "
-            f"dropped, so that it says nothing of these samples; see flexure's masking_report, and "
-            f"try Square"
+            f"{int((~finite).sum())} of {len(x)} results of the attack on a batch were not finite "
+            f"and were dropped, so that it says nothing of these samples; see flexure's "
+            f"masking_report, and try Square"
         )
     changed = finite & (found != at).flatten(1).any(1)
     shape = (-1, *[1] * (x.dim() - 1))

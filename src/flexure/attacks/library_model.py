@@ -189,9 +189,9 @@ class LibraryModel:
         if blind:
             what = "cross-entropy" if loss == "ce" else "margin"
             self.warn(
-                f"the gradient of the {what} is zero or not finite at {blind} of {len(x)} samples, "
-                f"where an attack that follows it is blind; see flexure's masking_report, and try "
-                f"Square"
+                f"the gradient of the {what} is zero or not finite at {blind} of {len(x)} samples "
+                f"of a batch, where an attack that follows it is blind; see flexure's "
+                f"masking_report, and try Square"
             )
 
     def _blind(self) -> FlexureError:

@@ -205,8 +205,8 @@ class _Search:
         if blind:
             warnings.warn(
                 f"the gradient of the margin was zero or not finite at every step at {blind} of "
-                f"{len(self.x)} samples, where PGD went along random directions; see flexure's "
-                f"masking_report, and try Square",
+                f"{len(self.x)} samples of a batch, where PGD went along random directions; see "
+                f"flexure's masking_report, and try Square",
                 UserWarning,
                 stacklevel=3,
             )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flexure.attacks.bounded import Bounded, limits_of
+from flexure.attacks.checks import finite_inputs
 from flexure.attacks.harness import Harness
 from flexure.attacks.norms import norm_named
 from flexure.attacks.robustness import Robustness
@@ -30,7 +31,8 @@ class PublishedRobustness(Robustness):
     happens at eps = 0 too. `distance` is the evidence.
 
     Attributes:
-        x_adv: in the units of the given inputs, outside of their bounds where the attack went so.
+        x_adv: in the units of the given inputs, outside of their bounds where the attack went so;
+            x itself of samples that no attack misclassified, whatever was tried there.
         distance: (B,) float64, ‖x_adv − x‖ in the norm, both normalised: what eps was meant to
             bound, and does not. 0 of samples that no attack misclassified.
         distance_in_pixels: (B,) float64, the same in the units of the given inputs.
@@ -40,7 +42,7 @@ class PublishedRobustness(Robustness):
 
     @property
     def largest(self) -> float:
-        """The largest change of a normalised input."""
+        """The largest change of a normalised input that was misclassified then."""
         return float(self.distance.max())
 
     @property
@@ -85,13 +87,7 @@ class PublishedHarness(Harness):
 
     def accepted(self, made: Any, name: str, x: Tensor) -> Tensor:
         """What an attack returned, once it is finite inputs of the right shape."""
-        if not isinstance(made, Tensor) or made.shape != x.shape or not bool(made.isfinite().all()):
-            got = f"shape {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
-            raise FlexureError(
-                f"expected {name} to return finite inputs {tuple(x.shape)}, got {got} or others "
-                f"that are not finite; mend it"
-            )
-        return made.detach().to(x)
+        return finite_inputs(made, name, x)
 
     def near(self, x: Tensor, numbers: Tensor) -> Tensor:
         """(b, *shape), a random point of the ball for each of these samples, clamped."""
@@ -128,11 +124,14 @@ def as_published(found: Robustness, bounded: nn.Module, x: Tensor) -> PublishedR
         x: (B, *shape) as given.
     """
     _, mean, std = _normalising(bounded, x)
-    changed = (found.distance > 0).to(x.device).view(-1, *[1] * (x.dim() - 1))
+    beaten = found.beaten_by.any(1)
+    changed = beaten.to(x.device).view(-1, *[1] * (x.dim() - 1))
     x_adv = torch.where(changed, found.x_adv * std + mean, x)
+    distance = torch.where(beaten.to(found.distance.device), found.distance, 0.0)
     size = norm_named(found.norm).size(x_adv.double() - x.double())
     values = {field.name: getattr(found, field.name) for field in fields(found)}
-    return PublishedRobustness(**values | {"x_adv": x_adv}, distance_in_pixels=size)
+    values |= {"x_adv": x_adv, "distance": distance}
+    return PublishedRobustness(**values, distance_in_pixels=size)
 
 
 def _normalising(bounded: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, Tensor]:

@@ -36,7 +36,8 @@ class AttackResult:
         accuracy_alone: the share of samples that are right under this attack alone; None where it
             was not run on all that are right without an attack.
         seconds: of wall-clock time, summed over processes.
-        warnings: what the attack's library warned of, each once.
+        warnings: what the attack's library warned of, batch by batch: each once, of those that
+            differ in their numbers alone the one of the largest.
     """
 
     name: str
@@ -190,11 +191,16 @@ class Robustness(PerSample):
 
 
 def distinct(warnings: Iterable[str]) -> tuple[str, ...]:
-    """Each warning once, the first of those that differ in nothing but their numbers."""
+    """Each warning once; of those that differ in numbers alone, the one of the largest numbers."""
     found: dict[str, str] = {}
     for text in warnings:
-        found.setdefault(re.sub(r"\d+", "#", text), text)
+        kind = re.sub(r"\d+", "#", text)
+        found[kind] = max(found.get(kind, text), text, key=_numbers)
     return tuple(found.values())
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", text)]
 
 
 def _row(attack: AttackResult) -> dict[str, str]:
