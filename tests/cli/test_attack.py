@@ -14,6 +14,7 @@ import flexure
 from flexure.attacks import Bounded, robust_accuracy
 from flexure.cli.attack_plain import radii_of
 from flexure.cli.attack_sweep import halves
+from flexure.contracts import DataError
 from flexure.data import from_arrays
 from tests.cli.commands import run
 
@@ -202,6 +203,31 @@ def test_a_sweep_chooses_and_saves_a_dial(attack, address, page, tmp_path: Path)
         flexure.load_adapter(loaded.model, out / "adapter")
 
 
+def test_a_sweep_without_a_dial_leaves_no_adapter_of_an_earlier_one(attack, tmp_path) -> None:
+    adapter = tmp_path / "out" / "adapter"
+    adapter.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "notes.txt"):
+        (adapter / name).write_text("of an earlier sweep")
+    alone = [*SWEEP[:-8], "--groups", "none", "--val-size", "16", "--test-size", "20"]
+    code, text, err = attack(*alone, "--betas", "0", "--cs", "0", "--clean-loss", "0", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(text)["numbers"]["chosen"]["dial"] is None
+    assert [path.name for path in adapter.iterdir()] == ["notes.txt"]
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).write_text("of another sweep")
+    code, _, err = attack("--after", str(tmp_path / "out"), out="more")
+    assert code == 2
+    assert "to have chosen a dial, got the network as it was" in err
+
+
+def test_starts_are_those_of_the_library(attack) -> None:
+    more = ("--match", "none,mean", "--starts", "2", "--budget", "1", "--json")
+    code, text, err = attack(*SWEEP, *more)
+    assert (code, err) == (0, "")
+    candidates = json.loads(text)["numbers"]["candidates"]
+    assert sum(one["stage"] == "groups" for one in candidates) == 2
+
+
 def test_after_a_sweep_its_dial_is_attacked_on_what_it_reported_on(attack, data, tmp_path) -> None:
     code, text, err = attack(*SWEEP, "--json", out="swept")
     assert (code, err) == (0, "")
@@ -229,6 +255,18 @@ def test_after_a_sweep_its_dial_is_attacked_on_what_it_reported_on(attack, data,
     code, _, err = attack("--after", str(tmp_path))
     assert code == 2
     assert "finished sweep" in err
+    (tmp_path / "swept" / "adapter" / "adapter_model.safetensors").unlink()
+    code, _, err = attack(*after)
+    assert code == 2
+    assert "got no adapter there; run the sweep again" in err
+
+
+def test_parts_of_a_sweep_are_no_larger_than_the_data() -> None:
+    one = from_arrays(np.zeros((60, 4, 4, 3), dtype=np.uint8), np.arange(60) % 3)
+    with pytest.raises(DataError, match="expected --val-size to be at most 60"):
+        halves({"validation": one, "test": one}, {"val": 61, "test": None}, 3)
+    with pytest.raises(DataError, match="--test-size to be together at most 60"):
+        halves({"train": one}, {"val": None, "test": 60}, 3)
 
 
 def test_a_sweep_chooses_on_other_samples_than_it_reports_on() -> None:
@@ -337,7 +375,17 @@ def timeless(value: Any) -> Any:
         (["--sweep", "--match", "some"], "expected --match among none"),
         (["--sweep", "--betas", "x"], "expected --betas to be numbers"),
         (["--sweep", "--target", "x"], "expected --target like"),
-        (["--sweep", "--val-size", "40", "--test-size", "40"], "expected positive counts"),
+        (
+            ["--sweep", "--val-size", "40", "--test-size", "40"],
+            "expected --val-size and --test-size to be together at most 48, the samples of train, "
+            "got 40 and 40",
+        ),
+        (["--sweep", "--val-size", "200"], "at most 48, the samples of train, got 200 and a share"),
+        (["--sweep", "--groups", "none", "--budget", "9"], "expected no --budget with --groups"),
+        (["--sweep", "--groups", "none", "--search", "greedy"], "expected no --search with --gr"),
+        (["--sweep", "--search", "none", "--groups", "sites"], "expected no --groups with --sea"),
+        (["--sweep", "--search", "none", "--starts", "2"], "expected no --starts with --search"),
+        (["--starts", "2"], "expected no --starts with an attack; add --sweep"),
         (["--betas", "0.7"], "expected no --betas with an attack; add --sweep"),
         (["--corruption", "fog"], "add --corruptions"),
         (["--corruptions", "--eps", "1/255"], "expected no --eps with --corruptions"),

@@ -14,7 +14,7 @@ from flexure.attacks.catalogue import ATTACKS
 from flexure.cli.attack_corruptions import Corruptions
 from flexure.cli.attack_jobs import Job, Subject, perform
 from flexure.cli.attack_plain import SAMPLES, PlainAttack, radii_of
-from flexure.cli.attack_sweep import NONE, Sweep, Swept
+from flexure.cli.attack_sweep import MATCHES, NONE, Sweep, Swept
 from flexure.cli.chosen import SPLITS
 from flexure.cli.common import AsJson, BatchSize, Device, Model, Resume, Seed, Size
 from flexure.contracts import FlexureError
@@ -163,7 +163,7 @@ def attack(
         str,
         typer.Option(
             help=f"Sites that share a dial in the second search: layers, sites, or {NONE}: no "
-            f"second search.",
+            f"second search, as by --search {NONE}.",
             rich_help_panel=_SWEEP,
         ),
     ] = "layers",
@@ -173,8 +173,19 @@ def attack(
     ] = "evolutionary",
     budget: Annotated[
         int,
-        typer.Option(min=1, max=1_000_000, help="Candidates of it.", rich_help_panel=_SWEEP),
+        typer.Option(
+            min=1, max=1_000_000, help="Candidates of each start of it.", rich_help_panel=_SWEEP
+        ),
     ] = 120,
+    starts: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=len(MATCHES),
+            help="Dials that it starts from: the best of so many kinds of calibration.",
+            rich_help_panel=_SWEEP,
+        ),
+    ] = 1,
     clean_loss: Annotated[
         float,
         typer.Option(
@@ -240,7 +251,7 @@ def attack(
         job = Sweep.told(
             eps=radii if eps else {"linf": radii["linf"]}, attacks=names, target=target,
             betas=betas, cs=cs, match=match, groups=groups, search=search, budget=budget,
-            clean_loss=clean_loss, val_size=val_size, test_size=test_size,
+            starts=starts, clean_loss=clean_loss, val_size=val_size, test_size=test_size,
         )  # fmt: skip
     if after is not None:
         if any(each is not None for each in (steer, adapter, split)):
@@ -256,8 +267,9 @@ def attack(
     perform(job, subject)
 
 
-_OF_SWEEP = {"target", "betas", "cs", "match", "groups", "search", "budget", "clean_loss",
-             "val_size", "test_size"}  # fmt: skip
+_OF_SWEEP = {"target", "betas", "cs", "match", "groups", "search", "budget", "starts",
+             "clean_loss", "val_size", "test_size"}  # fmt: skip
+_OF_GROUPS = {"groups", "search", "budget", "starts"}
 _OF_CORRUPTIONS = {"corruption", "severities", "corruption_files", "shift"}
 _OF_ATTACKS = {"attacks", "eps", "every", "masking", "certify", "protocol"}
 _OF_ONE_SPLIT = {"against", "steer", "adapter", "after", "split", "samples"}
@@ -279,12 +291,20 @@ def _check_given(context: typer.Context, *, sweep: bool, corruptions: bool) -> N
     if sweep and corruptions:
         raise FlexureError("expected --sweep or --corruptions, got both; run one after the other")
     job = "--sweep" if sweep else "--corruptions" if corruptions else "an attack"
+    none = [name for name in ("groups", "search") if context.params[name] == NONE]
     for parameter in context.command.params:
         name = str(parameter.name)
         source = context.get_parameter_source(name)
-        typed = source is not None and source.name == "COMMANDLINE"
-        if typed and name in _REFUSED[sweep, corruptions]:
-            raise FlexureError(f"expected no {parameter.opts[0]} with {job}; {_remedy(name)}")
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        option = parameter.opts[0]
+        if name in _REFUSED[sweep, corruptions]:
+            raise FlexureError(f"expected no {option} with {job}; {_remedy(name)}")
+        if none and name in _OF_GROUPS and name not in none:
+            raise FlexureError(
+                f"expected no {option} with --{none[0]} {NONE}, which searches no groups; leave "
+                f"one of them out"
+            )
 
 
 def _remedy(name: str) -> str:

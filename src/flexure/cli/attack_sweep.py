@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,19 +21,23 @@ from flexure.attacks.norms import norm_named
 from flexure.cli.attack_jobs import Done, Subject, fraction, warn_of
 from flexure.cli.chosen import SPLITS, drawn, numbers, space
 from flexure.cli.common import check_takes, load
-from flexure.contracts import FlexureError, LabelledData
+from flexure.contracts import DataError, FlexureError, LabelledData
 from flexure.data import Subset, batches, load_data, stratified_split
 from flexure.methods.robust_dial import search_robust_dial
 from flexure.methods.robust_dial_moves import SEARCHES
 from flexure.methods.robust_dial_result import RobustDialSearch
+from flexure.surgery.adapter import CONFIG, TENSORS
 
-__all__ = ["NONE", "Halves", "Sweep", "Swept", "halves", "samples_of"]
+__all__ = ["MATCHES", "NONE", "Halves", "Sweep", "Swept", "halves", "samples_of"]
 
 NONE = "none"
 """Of groups, of the search, of calibration: there is none."""
 
-_MATCHES = {NONE: None, "mean": "mean", "mean+std": "mean+std"}
+MATCHES = {NONE: None, "mean": "mean", "mean+std": "mean+std"}
+"""What calibration keeps, as it is typed."""
+
 _TARGETS = {"linf": 1 / 255, "l2": 0.1}  # where networks that were not trained for it differ
+_ADAPTER = (CONFIG, TENSORS)
 _SHARE = 0.5  # of the samples that dials are chosen on, where no number is given
 
 
@@ -59,12 +64,17 @@ def halves(data: Mapping[str, LabelledData], sizes: Mapping[str, int | None], se
         DataError: sizes that do not fit.
     """
     if "validation" in data and "test" in data:
-        val, test = (_taken(data[name], sizes[key], seed)
+        val, test = (_taken(data[name], sizes[key], seed, f"--{key}-size")
                      for name, key in (("validation", "val"), ("test", "test")))  # fmt: skip
         return Halves(val, test, "test")
     split = next(name for name in SPLITS if name in data)
     pool = data[split]
     first, second = sizes["val"], sizes["test"]
+    if (first or 1) + (second or 1) > len(pool):
+        raise DataError(
+            f"expected --val-size and --test-size to be together at most {len(pool)}, the samples "
+            f"of {split}, got {_size_text(first)} and {_size_text(second)}; lower them"
+        )
     if first is None:
         first = round(_SHARE * len(pool)) if second is None else len(pool) - second
     if second is None:
@@ -90,20 +100,27 @@ class Swept:
         """From the folder of its results.
 
         Raises:
-            FlexureError: there is no finished sweep, or it chose the network as it was.
+            FlexureError: there is no finished sweep, it chose the network as it was, or its
+                adapter is gone.
         """
         try:
-            config = json.loads((folder / "results.json").read_text())["config"]
+            payload = json.loads((folder / "results.json").read_text())
+            config, dial = payload["config"], payload["numbers"]["chosen"]["dial"]
             found = cls(folder, {name: config[name] for name in ("model", "data", *_SPLIT)})
         except (OSError, ValueError, KeyError, TypeError):
             raise FlexureError(
                 f"expected --after to name the folder of a finished sweep, got {str(folder)!r}; "
                 f"run flexure attack --sweep --out {folder}"
             ) from None
-        if not found.adapter.exists():
+        if dial is None:
             raise FlexureError(
                 f"expected the sweep in {str(folder)!r} to have chosen a dial, got the network as "
                 f"it was; attack that without --after"
+            )
+        if not all((found.adapter / name).exists() for name in _ADAPTER):
+            raise FlexureError(
+                f"expected the dial of the sweep in {str(found.adapter)!r}, got no adapter there; "
+                f"run the sweep again"
             )
         return found
 
@@ -141,9 +158,18 @@ def samples_of(subject: Subject, data: dict[str, LabelledData], count: int) -> t
     return Subset(part.data, part.indices[chosen.indices]), split
 
 
-def _taken(data: LabelledData, size: int | None, seed: int) -> Subset:
+def _size_text(size: int | None) -> str:
+    return "a share" if size is None else str(size)
+
+
+def _taken(data: LabelledData, size: int | None, seed: int, option: str) -> Subset:
     if size is None:
         return Subset(data, torch.arange(len(data)))
+    if size > len(data):
+        raise DataError(
+            f"expected {option} to be at most {len(data)}, the samples of the split, got {size}; "
+            f"lower it"
+        )
     (rows,) = stratified_split(data.labels, [size], seed=seed)
     return Subset(data, rows)
 
@@ -174,6 +200,7 @@ class Sweep:
         groups: str,
         search: str,
         budget: int,
+        starts: int,
         clean_loss: float,
         val_size: int | None,
         test_size: int | None,
@@ -204,6 +231,7 @@ class Sweep:
             "groups": _choice("--groups", groups, ("layers", "sites", NONE)),
             "search": _choice("--search", search, (*SEARCHES, NONE)),
             "budget": budget,
+            "starts": starts,
             "clean_loss": clean_loss,
             "report_attack": attacks[0],
         }
@@ -247,6 +275,7 @@ class Sweep:
 
 def _saved(found: RobustDialSearch, folder: Path) -> tuple[str, ...]:
     if found.chosen.dial is None:
+        _remove(folder)  # that of an earlier sweep
         return ()
     steering = found.install()
     steering.save(folder)
@@ -254,13 +283,20 @@ def _saved(found: RobustDialSearch, folder: Path) -> tuple[str, ...]:
     return (f"Adapter: {folder}",)
 
 
+def _remove(folder: Path) -> None:
+    for name in _ADAPTER:
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # not there, or with files of others
+        folder.rmdir()
+
+
 def _matches(text: str) -> list[str | None]:
     names = [part.strip() for part in text.split(",")]
-    if not set(names) <= set(_MATCHES):
+    if not set(names) <= set(MATCHES):
         raise FlexureError(
-            f"expected --match among {', '.join(_MATCHES)}, with commas, got {text!r}"
+            f"expected --match among {', '.join(MATCHES)}, with commas, got {text!r}"
         )
-    return [_MATCHES[name] for name in names]
+    return [MATCHES[name] for name in names]
 
 
 def _choice(option: str, text: str, names: Sequence[str]) -> str | None:
