@@ -13,6 +13,7 @@ from PIL import Image
 
 from flexure.contracts import AddressError, DataError
 from flexure.data import load_data
+from flexure.data.corrupted_files import official_files
 
 EACH = 10
 
@@ -74,6 +75,26 @@ def test_missing_corruption_names_those_that_are_there(tmp_path: Path) -> None:
         load_data(f"imagenet-c:{tmp_path / 'imagenet'}?corruption=rain&severity=1")
 
 
+@pytest.mark.parametrize("prefix", ["cifar10-c", "cifar100-c", "imagenet-c"])
+@pytest.mark.parametrize("name", ["../other/fog", "..", ".", "sub/fog", "sub%5Cfog", "%2Ffog"])
+def test_corruptions_are_names_not_paths(prefix: str, name: str, tmp_path: Path) -> None:
+    for folder in ("c", "other"):
+        write_cifar_c(tmp_path / folder, "fog")
+    with pytest.raises(AddressError, match="without a path"):
+        load_data(f"{prefix}:{tmp_path / 'c'}?corruption={name}&severity=1")
+
+
+def test_the_files_of_an_address(tmp_path: Path) -> None:
+    write_cifar_c(tmp_path, "fog")
+    cifar = official_files(f"cifar10-c:{tmp_path}?corruption=fog&severity=2")
+    assert cifar == (tmp_path / "fog.npy", tmp_path / "labels.npy")
+    (tmp_path / "fog" / "2" / "n01").mkdir(parents=True)
+    image = tmp_path / "fog" / "2" / "n01" / "a.JPEG"
+    image.write_bytes(b"")
+    assert official_files(f"imagenet-c:{tmp_path}?corruption=fog&severity=2") == (image,)
+    assert official_files("sklearn:digits") == ()
+
+
 def test_missing_labels(tmp_path: Path) -> None:
     write_cifar_c(tmp_path, "fog")
     (tmp_path / "labels.npy").unlink()
@@ -90,6 +111,7 @@ def test_missing_labels(tmp_path: Path) -> None:
         ("fog", np.zeros((50, 3, 32, 32), np.uint8), "shape"),
         ("labels", np.full(50, 10, np.uint8), "labels in 0 ... 9"),
         ("labels", np.zeros(50), "integer label"),
+        ("labels", np.arange(50, dtype=np.uint8) // 5, "same labels for each of five severities"),
         ("fog", np.array([{}], dtype=object), "plain array"),
     ],
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,9 @@ from flexure.measure.intervals import t_interval
 from flexure.methods.corruption_accuracy_result import CorruptedCell, CorruptionAccuracy
 
 SIDE, N, CLASSES = 12, 9, 3
+
+FIRST = 4
+"""Images that are preprocessed once more, to tell preprocessings apart."""
 
 
 def scaled(x: Tensor) -> Tensor:
@@ -225,29 +230,40 @@ def test_official_files_instead_of_generated_ones(tmp_path: Path) -> None:
 # Resuming
 
 
-def counting(preprocess: Callable[[Tensor], Tensor], seen: list[int]) -> Callable[[Tensor], Tensor]:
-    def counted(x: Tensor) -> Tensor:
-        seen.append(1)
-        return preprocess(x)
+class Over:
+    """Preprocessings that look alike, and may differ; they count their calls."""
 
-    return counted
+    def __init__(self, scale: float, seen: list[int] | None = None) -> None:
+        self.scale, self.seen = scale, [] if seen is None else seen
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.seen.append(1)
+        return x.float() / self.scale
+
+    def __repr__(self) -> str:
+        return "Over()"
+
+
+def over(scale: float) -> Callable[[Tensor], Tensor]:
+    """Functions of the same lines, likewise."""
+    return lambda x: x.float() / scale
 
 
 def test_resumes_and_takes_more(tmp_path: Path) -> None:
     data = images()
     seen: list[int] = []
     given = {
-        "preprocess": counting(scaled, seen), "reference": network(1), "seed": 3,
+        "preprocess": Over(255.0, seen), "reference": network(1), "seed": 3,
         "shifts": {"other": images(1)}, "resume": tmp_path / "kept",
     }  # fmt: skip
     first = flexure.corruption_accuracy(
         network(0), data, corruptions=["fog"], severities=[1], **given
     )
-    assert len(seen) == 3 * N
+    assert len(seen) == FIRST + 3 * N
     more = flexure.corruption_accuracy(
         network(0), data, corruptions=["fog", "snow"], severities=[1, 2], **given
     )
-    assert len(seen) == (3 + 3) * N
+    assert len(seen) == 2 * FIRST + (3 + 3) * N
     fresh = flexure.corruption_accuracy(
         network(0), data, corruptions=["fog", "snow"], severities=[1, 2],
         **(given | {"resume": None}),
@@ -277,6 +293,53 @@ def test_other_work_is_not_resumed(change: dict, tmp_path: Path) -> None:
         flexure.corruption_accuracy(**(given | change))
 
 
+@pytest.mark.parametrize("make", [Over, over])
+def test_alike_preprocessings_are_told_apart_readably(
+    make: Callable[[float], Callable[[Tensor], Tensor]], tmp_path: Path
+) -> None:
+    given = {"corruptions": (), "resume": tmp_path}
+    for _ in range(2):
+        flexure.corruption_accuracy(network(0), images(), preprocess=make(255.0), **given)
+    with pytest.raises(FlexureError, match="with another preprocessing; give another folder"):
+        flexure.corruption_accuracy(network(0), images(), preprocess=make(-25.0), **given)
+
+
+@pytest.mark.parametrize("package", ["numpy", "scipy", "pillow"])
+def test_other_versions_of_what_corrupts_are_other_work(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"preprocess": scaled, "corruptions": (), "resume": tmp_path}
+    flexure.corruption_accuracy(network(0), images(), **given)
+    own = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.1" if name == package else own(name))
+    with pytest.raises(FlexureError, match=rf"another {package} \(.* there, 0\.1 here\)"):
+        flexure.corruption_accuracy(network(0), images(), **given)
+
+
+@pytest.mark.parametrize("times", ["new", "kept"])
+def test_changed_official_files_are_counted_anew(times: str, tmp_path: Path) -> None:
+    """By their sizes and times; with these put back, by images that are looked at."""
+    data, rng = images(), np.random.default_rng(4)
+    path = tmp_path / "fog.npy"
+    np.save(tmp_path / "labels.npy", np.tile(data.labels.numpy(), 5))
+    found = []
+    for turn, keep in enumerate((None, tmp_path / "kept", tmp_path / "kept", None)):
+        if turn != 2:
+            files = rng.integers(0, 256, (5 * N, SIDE, SIDE, 3), dtype=np.uint8)
+        if turn < 3:
+            np.save(path, np.flip(files, 0) if turn == 2 else files)
+        if times == "kept":
+            os.utime(path, ns=(10**18, 10**18))
+        found.append(
+            flexure.corruption_accuracy(
+                network(0), data, preprocess=scaled, corruptions=["fog"], severities=[1, 4],
+                sources=f"cifar10-c:{tmp_path}", resume=keep,
+            )
+        )  # fmt: skip
+    rights = [[cell.right.tolist() for cell in each.cells] for each in found]
+    assert rights[1] != rights[2] == rights[3]
+
+
 # What is refused
 
 
@@ -286,6 +349,25 @@ def test_other_work_is_not_resumed(change: dict, tmp_path: Path) -> None:
         ({"corruptions": ["rain"]}, "'rain'"),
         ({"severities": [0]}, r"1, \.\.\., 5"),
         ({"severities": []}, r"1, \.\.\., 5"),
+        ({"severities": [1.0]}, r"whole numbers 1, \.\.\., 5, got \[1\.0\]"),
+        ({"severities": [True]}, r"whole numbers 1, \.\.\., 5, got \[True\]"),
+        ({"severities": 3}, r"whole numbers 1, \.\.\., 5, got 3"),
+        ({"severities": [2, 1, 2]}, "each of the severities once, got 2"),
+        ({"corruptions": ["fog", "contrast", "fog"]}, "each of the corruptions once, got 'fog'"),
+        ({"corruptions": "fog"}, r"several names, got 'fog'; give for example \['fog'\]"),
+        ({"corruptions": [["fog"]]}, "several names"),
+        ({"constants": "mnist-c", "corruptions": ()}, "constants among .*'mnist-c'"),
+        ({"constants": "cifar-c", "sources": "cifar10-c:here"}, "generated corruptions only"),
+        ({"names": ("images", "b")}, "'images'"),
+        ({"names": ("a", "1")}, "'1'"),
+        ({"names": ("errors/errors", "b")}, "'errors/errors'"),
+        ({"names": ("a", 2)}, "two different names"),
+        ({"shifts": {"clean": images(1)}}, "names of shifts .*'clean'"),
+        ({"shifts": {"contrast": images(1)}}, "names of shifts .*'contrast'"),
+        ({"shifts": {"contrast*": images(1)}}, "names of shifts"),
+        ({"shifts": {"digital": images(1)}}, "names of shifts"),
+        ({"shifts": {"all corruptions": images(1)}}, "names of shifts"),
+        ({"shifts": {"": images(1)}}, "names of shifts"),
         ({"seed": -1}, "seed"),
         ({"names": ("a", "a")}, "two different names"),
         ({"shifts": {"short": images(count=N - 1)}}, "short to be versions of the 9 images"),

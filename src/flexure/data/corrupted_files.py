@@ -5,7 +5,7 @@ Corrupting clean images is the business of `corruptions`; the catalogue of addre
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,19 @@ from flexure.data.corruptions import SEVERITIES
 from flexure.data.images import load_folder
 from flexure.data.labelled import LazyData, integer_labels
 
-__all__ = ["OFFICIAL"]
+__all__ = ["OFFICIAL", "official_files"]
 
 _LABELS = "labels.npy"
+
+
+def official_files(address: str) -> tuple[Path, ...]:
+    """The files that an address of one of `OFFICIAL` reads; () for other addresses.
+
+    Raises:
+        AddressError: no such folder, or an option is missing.
+    """
+    prefix, _, rest = address.partition(":")
+    return _FILES[prefix](*_wanted(rest)) if prefix in _FILES else ()
 
 
 def _load_cifar(rest: str, *, classes: tuple[str, ...]) -> dict[str, LabelledData]:
@@ -54,6 +64,11 @@ def _load_cifar(rest: str, *, classes: tuple[str, ...]) -> dict[str, LabelledDat
             f"{len(images)} images and {len(labels)} labels; download both again"
         )
     each = len(images) // len(SEVERITIES)
+    if bool((labels.reshape(len(SEVERITIES), each) != labels[:each]).any()):
+        raise DataError(
+            f"expected the same labels for each of five severities in {folder / _LABELS}, got "
+            f"others; the severities are versions of the same images: download it again"
+        )
     start = (severity - 1) * each
     return {"train": LazyData(_Stacked(images, start), labels[start : start + each], classes)}
 
@@ -86,6 +101,11 @@ def _wanted(rest: str) -> tuple[Path, str, int]:
     if not corruption or severity not in map(str, SEVERITIES):
         raise AddressError(
             f"expected DIR?corruption=NAME&severity=1, ..., 5, got {rest!r}; name both"
+        )
+    if corruption in (".", "..") or any(mark in corruption for mark in "/\\"):
+        raise AddressError(
+            f"expected a corruption's name without a path, got {corruption!r}; choose the folder "
+            f"before the question mark"
         )
     return existing_path(name, folder=True), corruption, int(severity)
 
@@ -136,3 +156,20 @@ OFFICIAL: Mapping[str, DataLoader] = {
     "imagenet-c": _load_imagenet,
 }
 """Address prefix -> loader; each takes `DIR?corruption=NAME&severity=1`, ..., 5."""
+
+
+def _cifar_files(folder: Path, corruption: str, severity: int) -> tuple[Path, ...]:
+    return folder / f"{corruption}.npy", folder / _LABELS
+
+
+def _imagenet_files(folder: Path, corruption: str, severity: int) -> tuple[Path, ...]:
+    inside = (folder / corruption / str(severity)).rglob("*")
+    return tuple(sorted(path for path in inside if path.is_file()))
+
+
+_FILES: Mapping[str, Callable[[Path, str, int], tuple[Path, ...]]] = {
+    "cifar10-c": _cifar_files,
+    "cifar100-c": _cifar_files,
+    "imagenet-c": _imagenet_files,
+}
+"""Address prefix -> the files of folder, corruption and severity."""

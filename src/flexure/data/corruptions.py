@@ -7,10 +7,20 @@ The corruptions and their strengths are those of Hendrycks and Dietterich, "Benc
 network robustness to common corruptions and perturbations" (ICLR 2019), and of the code that made
 their files CIFAR-10-C and ImageNet-C; the code is this library's own, on numpy, scipy and Pillow.
 (The package `imagecorruptions` is not used: it is no longer maintained, and needs numba and
-OpenCV.) The images are not those of the official files: other random numbers were drawn, values
-are rounded to whole grey levels where those were cut off, JPEG is not applied to what is for
-224 x 224, and some corruptions are substitutes, as the catalogue says. Numbers on these images are
-compared among themselves; with published ones only those on the official files.
+OpenCV.) Numbers on these images are compared among themselves; with published ones only those on
+the official files. These differ:
+
+- Other random numbers were drawn, and some corruptions are substitutes, as the catalogue says.
+- Values are rounded to whole grey levels once, at the end. That code cuts them off to whole levels,
+  and does so on the way too: after the first Gaussian of glass blur, and with the flakes of snow.
+- Its images for 224 x 224 pixels were saved as JPEG; these are not.
+- Its defocus kernel for radii of 8 and 10 ends at the radius; this one goes on for as many pixels
+  as its smoothing reaches.
+- Images of up to 96 pixels, such as those of 64 x 64, get the strengths for 32 x 32, though that
+  code has a set of its own for 64 x 64.
+
+Glass blur of severity 1 at 32 x 32 pixels smooths by so little (a standard deviation of 0.05
+pixels) that it moves pixels and changes none: so do the official files' strengths.
 """
 
 from __future__ import annotations
@@ -104,8 +114,10 @@ def corrupt(
             f"{image.shape[2]}; enlarge it first"
         )
     parts = seed if isinstance(seed, tuple) else (seed,)
-    if not all(type(part) is int and part >= 0 for part in parts):
-        raise DataError(f"expected a seed of at least 0, or several, got {seed!r}; choose another")
+    if not parts or not all(map(_is_seed, parts)):
+        raise DataError(
+            f"expected a seed of at least 0, or a tuple of some, got {seed!r}; choose another"
+        )
     which = constants or CONSTANTS[min(image.shape[1:]) > _SMALL]
     draw = np.random.default_rng((*parts, zlib.crc32(name.encode()), severity))
     x = image.permute(1, 2, 0).cpu().numpy() / 255.0
@@ -128,7 +140,7 @@ class Corrupted:
         constants: see `corrupt`.
 
     Raises:
-        DataError: no such name, severity or set of constants.
+        DataError: no such name, severity, seed or set of constants.
     """
 
     data: LabelledData
@@ -139,6 +151,8 @@ class Corrupted:
 
     def __post_init__(self) -> None:
         _row(self.name, self.severity, self.constants)
+        if not _is_seed(self.seed):
+            raise DataError(f"expected a seed of at least 0, got {self.seed!r}; choose another")
 
     @property
     def labels(self) -> Tensor:
@@ -167,15 +181,21 @@ class Corrupted:
 
 
 def _row(name: str, severity: int, constants: str | None) -> Corruption:
-    if name not in CORRUPTIONS:
+    if not isinstance(name, str) or name not in CORRUPTIONS:
         raise DataError(
             f"expected a corruption among {', '.join(CORRUPTIONS)}, got {name!r}; choose one"
         )
-    if severity not in SEVERITIES:
-        raise DataError(f"expected a severity from 1 to 5, got {severity!r}; choose one")
+    if type(severity) is not int or severity not in SEVERITIES:
+        raise DataError(
+            f"expected a severity, a whole number from 1 to 5, got {severity!r}; choose one"
+        )
     if constants is not None and constants not in CONSTANTS:
         raise DataError(f"expected constants among {CONSTANTS}, got {constants!r}; choose one")
     return CORRUPTIONS[name]
+
+
+def _is_seed(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _strengths(small: tuple[Any, ...], large: tuple[Any, ...]) -> dict[str, Any]:

@@ -1,26 +1,34 @@
 """Accuracy on corrupted images: common corruptions, generated or official, and given shifts.
 
 What a corruption does is the business of `data/corruptions`; means, intervals and tables are in
-`corruption_accuracy_result.py`.
+`corruption_accuracy_result.py`, and which settings fit in `corruption_accuracy_checks.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import metadata
 
 import torch
 from torch import Tensor, nn
 
 from flexure.calling import check_logits, evaluating, logits_of, unwritten
-from flexure.contracts import DataError, FlexureError, LabelledData
+from flexure.contracts import DataError, LabelledData
 from flexure.data.batches import Subset, batches
+from flexure.data.corrupted_files import official_files
 from flexure.data.corruptions import CORRUPTIONS, SEVERITIES, Corrupted
 from flexure.data.sources import load_data
 from flexure.fingerprints import content, described, fingerprint
+from flexure.methods.corruption_accuracy_checks import (
+    check_chosen,
+    check_images,
+    check_names,
+    check_sources,
+)
 from flexure.methods.corruption_accuracy_result import CorruptedCell, CorruptionAccuracy
 from flexure.methods.features import device_of
 from flexure.processes import Processes, current_processes
@@ -29,6 +37,17 @@ from flexure.record import versions
 from flexure.store import Store
 
 __all__ = ["corruption_accuracy"]
+
+_FIRST = 4
+"""Of so many images the preprocessed ones tell which preprocessing it is: what it reads from
+elsewhere is not in its description."""
+
+_SAMPLED = 64
+"""Of so many images of official files the content tells them apart, beside sizes and times of the
+files: decoding all of them takes as long as answering."""
+
+_MAKERS = ("numpy", "scipy", "pillow")
+"""Packages that generated corruptions, and decoded images, depend on."""
 
 
 def corruption_accuracy(
@@ -58,17 +77,18 @@ def corruption_accuracy(
         data: clean images, `(C, H, W)` uint8, with labels.
         preprocess: one image -> one model input, without the batch dimension.
         corruptions: names; None: all fifteen of `flexure.data.CORRUPTIONS`; (): none.
-        severities: some of 1 ... 5.
+        severities: some of 1 ... 5, each once; likewise the corruptions.
         seed: of what is random in generated corruptions.
         reference: another classifier of the same images and classes, such as the unsteered network.
-        names: what to call the two.
+        names: what to call the two; not as another column of the table.
         sources: address of official files without options, such as `"cifar10-c:FOLDER"`, to read
             corrupted images from; their first N images must be those of `data`. None: generate.
-        shifts: name -> other versions of all of the images, in the same order.
+        shifts: name -> other versions of all of the images, in the same order; no corruption's.
         constants: see `flexure.data.corrupt`; for generated ones only.
         batch_size: images at a time.
         resume: folder of finished corruptions; the same evaluation continues from it, and more
-            corruptions, severities or shifts may be asked for.
+            corruptions, severities or shifts may be asked for. What was read from official files
+            that have changed since is counted anew.
         progress: True for a bar on stderr, or a callable (stage, done, total).
 
     Returns:
@@ -92,8 +112,11 @@ def corruption_accuracy(
         >>> [(cell.name, cell.severity, len(cell.right)) for cell in found.cells]
         [('contrast', 1, 4), ('contrast', 5, 4)]
     """
-    _check(data, severities, names, seed)
+    check_images(data)
+    check_chosen(corruptions, severities, seed)
+    check_sources(sources, constants)
     chosen = tuple(CORRUPTIONS if corruptions is None else corruptions)
+    check_names(names, shifts or {}, chosen, severities)
     wanted = _Wanted(data, chosen, tuple(severities), seed, sources, constants)
     all_versions = [
         _Version("clean", "clean", None, data),
@@ -129,13 +152,18 @@ def corruption_accuracy(
 
 @dataclass(frozen=True, eq=False)
 class _Version:
-    """One version of the images; what is said of it is `CorruptedCell`'s."""
+    """One version of the images; what is said of it is `CorruptedCell`'s.
+
+    Attributes:
+        address: of official files; None: of generated, clean or given images.
+    """
 
     name: str
     group: str
     severity: int | None
     data: LabelledData
     substitute: str | None = None
+    address: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +191,8 @@ class _Wanted:
         official = load_data(address)["train"]
         if len(official) > len(self.data):
             official = Subset(official, torch.arange(len(self.data)))
-        return _Version(name, group, severity, _same(official, self.data, address))
+        same = _same(official, self.data, address)
+        return _Version(name, group, severity, same, address=address)
 
 
 class _Count:
@@ -241,24 +270,6 @@ def _same(version: LabelledData, data: LabelledData, name: str) -> LabelledData:
     return version
 
 
-def _check(
-    data: LabelledData, severities: Sequence[int], names: tuple[str, str], seed: int
-) -> None:
-    if len(data) < 2:
-        raise DataError(f"expected at least two images, got {len(data)}; give more")
-    if data[0].dim() != 3 or data[0].dtype != torch.uint8:
-        raise DataError(
-            f"expected images (C, H, W) uint8, got {data[0].dtype} of shape "
-            f"{tuple(data[0].shape)}; common corruptions are defined for pixels only"
-        )
-    if not severities or not set(severities) <= set(SEVERITIES):
-        raise FlexureError(f"expected severities among 1, ..., 5, got {severities!r}; choose some")
-    if len(names) != 2 or not all(names) or names[0] == names[1]:
-        raise FlexureError(f"expected two different names of models, got {names!r}; rename one")
-    if type(seed) is not int or seed < 0:
-        raise FlexureError(f"expected a seed of at least 0, got {seed!r}; choose another")
-
-
 def _store(
     folder: str | os.PathLike[str],
     model: nn.Module,
@@ -272,27 +283,51 @@ def _store(
         "model": fingerprint(model),
         "reference": "none" if reference is None else fingerprint(reference),
         "images": _digest(wanted.data),
-        "preprocessing": described(preprocess),
+        "preprocessing": _preprocessing(preprocess, wanted.data),
         "seed": str(wanted.seed),
         "sources": str(wanted.sources),
         "constants": str(wanted.constants),
         "library": str(library["flexure"]),
         "torch": str(library["torch"]),
+        **{package: _version_of(package) for package in _MAKERS},
     }
     return Store(folder, told, holds="corruptions", work="evaluation")
 
 
 def _key(version: _Version) -> str:
-    """A file name; of given images by their content."""
-    if version.severity is not None:
+    """A file name; of given images by their content, of official ones by their files too."""
+    if version.severity is None:
+        return f"{version.group}-{_digest(version.data)}"
+    if version.address is None:
         return f"{version.name}-{version.severity}"
-    return f"{version.group}-{_digest(version.data)}"
+    stats = [(str(path), path.stat()) for path in official_files(version.address)]
+    files = str([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+    step = -(-len(version.data) // _SAMPLED)
+    sampled = _digest(version.data, range(0, len(version.data), step), files)
+    return f"{version.name}-{version.severity}-{sampled}"
 
 
-def _digest(data: LabelledData) -> str:
-    """Of all images and labels."""
+def _digest(data: LabelledData, places: Iterable[int] | None = None, more: str = "") -> str:
+    """Of all labels, of all images or of some, and of a text."""
     digest = hashlib.blake2b(content(data.labels), digest_size=16)
-    for i in range(len(data)):
-        digest.update(str(tuple(data[i].shape)).encode())
-        digest.update(content(data[i]))
+    digest.update(more.encode())
+    for i in range(len(data)) if places is None else places:
+        image = data[i]
+        digest.update(str(tuple(image.shape)).encode())
+        digest.update(content(image))
     return digest.hexdigest()
+
+
+def _preprocessing(preprocess: Callable[[Tensor], Tensor], data: LabelledData) -> str:
+    """Digest of its description and of what it makes of the first images."""
+    digest = hashlib.blake2b(described(preprocess).encode(), digest_size=16)
+    for i in range(min(len(data), _FIRST)):
+        digest.update(described(preprocess(data[i])).encode())
+    return digest.hexdigest()
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"

@@ -16,10 +16,13 @@ from flexure.methods.attack_model_shares import PairedShare, Share, over, paired
 from flexure.methods.crossed import CrossedMean, crossed_difference, crossed_share
 from flexure.record import to_json
 
-__all__ = ["CorruptedCell", "CorruptionAccuracy", "CorruptionMean"]
+__all__ = ["ALL", "COLUMNS", "CorruptedCell", "CorruptionAccuracy", "CorruptionMean"]
 
 ALL = "all corruptions"
 """The name of the mean over everything that was corrupted."""
+
+COLUMNS = ("images", "group", "difference", "errors/errors")
+"""Of the printed table, beside those that are called after models and severities."""
 
 
 @dataclass(frozen=True)
