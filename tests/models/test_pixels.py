@@ -43,6 +43,20 @@ class Preset(Normalize):
         return super().__call__(to_tensor(image))
 
 
+class ToTensor:
+    """Scales to [0, 1], as torchvision's."""
+
+    def __call__(self, image: Any) -> Tensor:
+        return to_tensor(image)
+
+
+class Cropped:
+    """An image's middle."""
+
+    def __call__(self, image: Any) -> Any:
+        return image.crop((2, 2, 10, 10))
+
+
 def to_tensor(image: Any) -> Tensor:
     import numpy as np
 
@@ -84,7 +98,16 @@ def test_normalised_pixels_are_the_input(make: Any, image: Tensor) -> None:
     assert torch.allclose((found - mean) / std, preprocess(image), atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [AsFloat, lambda: processor(do_normalize=False)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        AsFloat,
+        lambda: processor(do_normalize=False),
+        lambda: PilPreprocess(Compose(Cropped(), ToTensor())),  # RobustBench's for ImageNet
+        lambda: PilPreprocess(Compose(ToTensor())),
+        lambda: PilPreprocess(ToTensor()),
+    ],
+)
 def test_without_normalisation_pixels_are_the_input(make: Any, image: Tensor) -> None:
     preprocess = make()
     pixels = in_pixels(preprocess)
@@ -99,6 +122,7 @@ def test_without_normalisation_pixels_are_the_input(make: Any, image: Tensor) ->
         lambda: PilPreprocess(to_tensor),
         lambda: PilPreprocess(Compose()),
         lambda: PilPreprocess(Compose(Normalize(MEAN, STD), to_tensor)),
+        lambda: PilPreprocess(Compose(ToTensor(), Cropped())),
         lambda: PilPreprocess(Compose(to_tensor, SimpleNamespace(mean=0.5, std=0.5))),
         lambda: PilPreprocess(Compose(to_tensor, Normalize(MEAN, STD[:2]))),
         lambda: processor(do_rescale=False),

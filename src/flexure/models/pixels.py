@@ -46,10 +46,19 @@ def _own(preprocess: Preprocess) -> Pixels:
 
 
 def _pil(preprocess: PilPreprocess) -> Pixels | None:
-    """By the last of the transforms, or the whole of one preset: what has mean and std."""
+    """By the last of the transforms, or the whole of one preset: what has mean and std.
+
+    One that ends by scaling to [0, 1] has no normalisation: the model does it, or none is done.
+    """
     transform = preprocess.transform
     last = [transform, *getattr(transform, "transforms", [])][-1]
+    if type(last).__name__ in _SCALING:
+        return Pixels(preprocess)
     return _undone(preprocess, getattr(last, "mean", None), getattr(last, "std", None))
+
+
+_SCALING = frozenset(("ToTensor", "MaybeToTensor"))
+"""Classes of torchvision's and timm's transforms from 8-bit images to tensors in [0, 1]."""
 
 
 def _processor(preprocess: ProcessorPreprocess) -> Pixels | None:
