@@ -160,7 +160,9 @@ def test_training_is_more_robust_with_it() -> None:
     (x, y) = scenarios.data()
     test = [scenarios.trained(perturb)["model"].eval() for perturb in (None, Adversarial(eps=1.0))]
     plain, trained = (
-        flexure.robust_accuracy(model, x, y, attack="pgd", norm="l2", eps=0.7, seed=0)
+        flexure.robust_accuracy(
+            Bounded(model, bounds=None), x, y, attack="pgd", norm="l2", eps=0.7, seed=0
+        )
         for model in test
     )
     assert trained.accuracy > plain.accuracy
