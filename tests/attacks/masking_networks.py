@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
 
 import torch
@@ -141,6 +142,32 @@ def noise_of_the_input(x: Tensor) -> Tensor:
     return x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
 
 
+def half_cut(x: Tensor) -> Tensor:
+    """No gradient reaches every other column."""
+    kept = torch.zeros_like(x)
+    kept[..., ::2] = 1
+    return x * kept + (x * (1 - kept)).detach()
+
+
+def rarely_noisy(x: Tensor) -> Tensor:
+    return x + 0.5 * torch.randn_like(x) if torch.rand(()) < 0.1 else x
+
+
+class SixteenBits(nn.Module):
+    """A network in bfloat16, or under autocast; it gives what it computes, or that in float32."""
+
+    def __init__(self, model: nn.Module, autocast: bool, given: torch.dtype) -> None:
+        super().__init__()
+        self.model = deepcopy(model) if autocast else deepcopy(model).bfloat16()
+        self.autocast, self.given = autocast, given
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.autocast:
+            return self.model(x.bfloat16()).to(self.given)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.model(x).to(self.given)
+
+
 MASKS: dict[str, dict[str, Change]] = {
     **{f"round, {k}": {"before": quantised(k)} for k in (4, 8, 16, 255)},
     **{
@@ -156,6 +183,8 @@ MASKS: dict[str, dict[str, Change]] = {
     "little noise": {"before": lambda x: x + 0.01 * torch.randn_like(x)},
     "dropout": {"before": lambda x: F.dropout(x, 0.1, True)},
     "roll": {"before": rolled},
+    "rare noise": {"before": rarely_noisy},
+    "half cut": {"before": half_cut},
     "noise of the input": {"before": noise_of_the_input},
     "JPEG": {"before": compressed(0.2)},
     "JPEG straight through": {"before": straight_through(compressed(0.2))},

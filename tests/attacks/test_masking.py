@@ -16,13 +16,23 @@ from scipy import stats
 from torch import Tensor, nn
 
 import flexure
-from flexure.attacks import Bounded
-from flexure.attacks.masking_evidence import CONFIDENCE, exceeds, fewest_that_exceed, more_often
+from flexure.attacks import PGD, Bounded
+from flexure.attacks.masking_attacks import check_growth
+from flexure.attacks.masking_evidence import (
+    ALLOWED_BLIND,
+    ALLOWED_EFFORT,
+    CONFIDENCE,
+    exceeds,
+    fewest_that_exceed,
+    more_often,
+)
+from flexure.attacks.masking_subject import Subject
 from flexure.contracts import FlexureError
 from tests.attacks.masking_networks import (
     MASKS,
     Changed,
     NoiseForGradient,
+    SixteenBits,
     affine,
     convnet,
     held_out,
@@ -62,7 +72,16 @@ def test_masked_networks(mask: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "mask", ["round, 8", "round straight through, 255", "logits x 1e3", "noise", "detached"]
+    "mask",
+    [
+        "round, 8",
+        "round straight through, 255",
+        "logits x 1e3",
+        "noise",
+        "rare noise",
+        "half cut",
+        "detached",
+    ],
 )
 def test_masked_robust_networks(mask: str) -> None:
     assert report(Changed(trained(mlp, 0.1), **MASKS[mask])).verdict == "masked"
@@ -80,6 +99,63 @@ def test_honest_networks(make, trained_at: float, eps: float) -> None:
     assert suspicious(found) == set()
     assert {check.name for check in found.checks if check.suspicious is None} <= {"transfer back"}
     assert found.accuracy <= found.gradient_accuracy <= found.clean_accuracy
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32])
+def test_sixteen_bits_are_no_masking(autocast: bool, given: torch.dtype) -> None:
+    """Rounding hides small changes: that is no sign, and no acquittal."""
+    found = report(SixteenBits(trained(mlp, 0.1), autocast, given))
+    assert found.verdict == "undecided", str(found)
+    assert suspicious(found) == set()
+    assert found["slopes"].suspicious is None
+    assert any(reason.startswith("slopes skipped: rounding") for reason in found.reasons)
+
+
+@pytest.mark.parametrize("offset", [1e5, 1e7])
+def test_what_all_logits_share_hides_no_randomness(offset: float) -> None:
+    change = {"before": lambda x: x + 0.2 * torch.randn_like(x), "after": lambda z: z + offset}
+    found = report(Changed(trained(mlp, 0.1), **change))
+    assert found.verdict == "masked", str(found)
+    assert "randomness" in suspicious(found)
+
+
+@pytest.mark.parametrize(
+    ("levels", "offset", "verdict"),
+    [(None, 1e4, "undecided"), (8, 1e4, "masked"), (255, 1e4, "undecided"),
+     (255, 1e6, "undecided"), (255, 10, "masked"), (None, 10, "not masked")],
+)  # fmt: skip
+def test_slopes_that_cannot_be_judged_leave_it_undecided(levels, offset, verdict: str) -> None:
+    before = None if levels is None else straight_through(quantised(levels))
+    found = report(Changed(trained(mlp, 0.1), before, lambda z: z + offset))
+    assert found.verdict == verdict, str(found)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_random_rarely_is_seen_whatever_the_seed(seed: int) -> None:
+    found = report(Changed(trained(mlp), **MASKS["rare noise"]), seed=seed)
+    assert "randomness" in suspicious(found)
+
+
+def test_what_is_random_next_to_samples_alone() -> None:
+    def off_the_grid(x: Tensor) -> Tensor:
+        off = ((16 * x - (16 * x).round()).abs() > 1e-3).flatten(1).any(1)
+        return x + 0.2 * off.view(-1, 1, 1, 1) * torch.randn_like(x)
+
+    assert "randomness" in suspicious(report(Changed(trained(mlp), off_the_grid)))
+
+
+def test_a_flat_cross_entropy_is_told_as_what_it_is() -> None:
+    """Of an honest network that is sure of many samples: attacks on the margin work."""
+    honest = report(trained(mlp, 0.1, 4))
+    sure = report(Changed(trained(mlp, 0.1, 4), after=lambda z: 30 * z))
+    assert sure.verdict == "undecided", str(sure)
+    assert suspicious(sure) == {"gradient norms"}
+    assert sure.gradient_accuracy == honest.gradient_accuracy
+    zero = sure["gradient norms"].numbers["cross-entropy"]["zero"]
+    told = f"gradients of the float32 cross-entropy vanish at {zero} of"
+    assert told in sure["gradient norms"].sentence
+    assert "attacks on margins do not" in sure["gradient norms"].sentence
 
 
 @pytest.mark.parametrize("seed", [1, 2**64 - 1, -3])
@@ -134,6 +210,7 @@ def test_each_mask_shows_where_it_should() -> None:
         "round straight through, 255": {"slopes"},
         "logits x 1e3": {"gradient norms"},
         "noise": {"randomness"},
+        "half cut": {"slopes"},
         "noise for a gradient": {"slopes", "square", "growing eps"},
         "detached": {"gradient norms"},
         "ripple": {"loss surface", "growing eps"},
@@ -154,8 +231,9 @@ def test_gradients_and_slopes_of_an_affine_network() -> None:
     found = report(layer, data=(x, y), eps=0.01, points=5)
     norms = found["gradient norms"].numbers["margin"]["quantiles"]
     assert norms == pytest.approx([float(w.norm())] * 5)
-    assert found["slopes"].numbers["ratios"] == pytest.approx([1.0] * 4)
-    assert found["slopes"].numbers["wrong"] == 0
+    assert found["slopes"].numbers["ratios"] == pytest.approx([1.0] * 5)
+    assert found["slopes"].numbers["wrong"] == found["slopes"].numbers["wrong across"] == 0
+    assert found["slopes"].numbers["judged across"] == 32
     margins = (layer(x)[:, 0] - layer(x)[:, 1]).detach() * sign
     surface = found.surface
     rows = surface.samples
@@ -318,6 +396,30 @@ def test_it_prints_a_table_and_its_reasons() -> None:
     assert stored["verdict"] == "not masked"
     assert [check["name"] for check in stored["checks"]] == [c.name for c in found.checks]
     assert len(stored["surface"]["losses"]) == 2
+
+
+def test_checks_are_told_as_they_are_made() -> None:
+    told: list[tuple[str, int, int]] = []
+    found = report(trained(mlp), progress=lambda *args: told.append(args))
+    assert told == [("masking", k, 9) for k in range(10)]
+    assert len(found.checks) == 9
+
+
+def test_what_is_evidence_is_told_truly() -> None:
+    found = report(trained(mlp))
+    for name in ("square", "restarts", "steps", "targets"):
+        right = round(found.clean_accuracy * len(found.robust))
+        share = ALLOWED_BLIND if name == "square" else ALLOWED_EFFORT
+        fewest = fewest_that_exceed(right, share)
+        assert found[name].sentence.endswith(f"so, {fewest} or more of {right} are evidence")
+
+
+def test_no_attack_runs_where_all_balls_meet_already(monkeypatch) -> None:
+    x, y = held_out(32)
+    subject = Subject(Bounded(trained(mlp)), x, y, "linf", 0.6, 0, 32)
+    monkeypatch.setattr(Subject, "withstands", lambda *_: pytest.fail("an attack ran"))
+    found = check_growth(subject, PGD("linf"), torch.zeros(32, dtype=torch.bool))
+    assert found.numbers["eps"] == [0.6]
 
 
 def test_a_source_that_is_steered_too() -> None:

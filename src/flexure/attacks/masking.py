@@ -37,6 +37,8 @@ from flexure.attacks.norms import check_eps
 from flexure.attacks.pgd import PGD
 from flexure.contracts import FlexureError
 from flexure.measuring import measuring
+from flexure.processes import current_processes
+from flexure.progress import Progress, ProgressReporter
 
 __all__ = ["LossSurface", "MaskingCheck", "MaskingReport", "masking_report"]
 
@@ -59,6 +61,7 @@ def masking_report(
     queries: int = 1000,
     pictures: int = 4,
     points: int = 21,
+    progress: Progress = None,
 ) -> MaskingReport:
     """Looks for masked gradients: robustness that is only an attack's failure.
 
@@ -67,8 +70,8 @@ def masking_report(
     Hein 2020 ("Reliable evaluation of adversarial robustness with an ensemble of diverse
     parameter-free attacks"); each is named where it is made. The verdict is "masked" if one that is
     decisive alone is suspicious; "undecided" if another one is, if fewer than 16 samples are right,
-    or if Square could not run; else "not masked". Where a share rests on few samples, an exact
-    binomial test decides.
+    if Square could not run, or if rounding hides whether gradients are true; else "not masked".
+    Where a share rests on few samples, an exact binomial test decides.
 
     The model is left as it was, as are the global random generators.
 
@@ -90,6 +93,7 @@ def masking_report(
         queries: of Square, a sample.
         pictures: samples whose loss surface is computed.
         points: of that surface, along each axis.
+        progress: True for a bar on stderr, or a callable (stage, done, total): checks.
 
     Raises:
         FlexureError: what `robust_accuracy` refuses, a radius of 0, settings below 1, or a source
@@ -125,7 +129,10 @@ def masking_report(
         x, y = x.detach()[chosen], y.detach().to(x.device).long()[chosen]
         subject = Subject(bounded, x, y, norm, float(eps), seed, size)
         other = None if source is None else Subject(source, x, y, norm, float(eps), seed, size)
-        return _report(subject, other, plan, chosen, clean[chosen])
+        reporter = ProgressReporter(progress if current_processes().is_first else None)
+        stack.callback(reporter.close)
+        told = _Told(reporter, 9 if source is None else 11)
+        return _report(subject, other, plan, chosen, clean[chosen], told)
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,20 @@ class _Plan:
         return PGD(self.norm, steps=steps, restarts=restarts, until_misclassified=True)
 
 
+class _Told(list[MaskingCheck]):
+    """Checks that are made; each is told to who waits for them."""
+
+    def __init__(self, reporter: ProgressReporter, total: int) -> None:
+        super().__init__()
+        self._reporter, self._total = reporter, total
+        reporter("masking", 0, total)
+
+    def append(self, check: MaskingCheck) -> None:
+        """Adds one."""
+        super().append(check)
+        self._reporter("masking", min(len(self), self._total), self._total)
+
+
 def _check_source(bounded: nn.Module, source: nn.Module | None) -> None:
     """Refuses a source that changes with the network.
 
@@ -176,9 +197,14 @@ def _chosen(count: int, samples: int, seed: int) -> Tensor:
 
 
 def _report(
-    subject: Subject, source: Subject | None, plan: _Plan, places: Tensor, clean: Tensor
+    subject: Subject,
+    source: Subject | None,
+    plan: _Plan,
+    places: Tensor,
+    clean: Tensor,
+    checks: _Told,
 ) -> MaskingReport:
-    checks = [check_randomness(subject)]
+    checks.append(check_randomness(subject))
     right = clean.nonzero().flatten()
     robust, surface, accuracy = clean.clone(), None, None
     if len(right):
@@ -191,8 +217,7 @@ def _report(
             subject.of(right[shown]), places[right[shown].cpu()], plan.points
         )
         checks.append(check)
-        attacked, withstood, accuracy = _attacked(least, other, plan)
-        checks += attacked
+        withstood, accuracy = _attacked(least, other, plan, checks)
         robust[right] = withstood
         accuracy = None if accuracy is None else accuracy * len(right) / len(clean)
     verdict, reasons = _verdict(checks, len(right))
@@ -213,11 +238,10 @@ def _report(
 
 
 def _attacked(
-    subject: Subject, source: Subject | None, plan: _Plan
-) -> tuple[list[MaskingCheck], Tensor, float | None]:
-    """The checks, which samples withstand all, and the share that withstands gradient attacks."""
-    withstood, accuracy = torch.ones_like(subject.y, dtype=torch.bool), None
-    checks, growth = [], None
+    subject: Subject, source: Subject | None, plan: _Plan, checks: _Told
+) -> tuple[Tensor, float | None]:
+    """Makes the checks; which samples withstand all, and the share under gradient attacks."""
+    withstood, accuracy, once = torch.ones_like(subject.y, dtype=torch.bool), None, None
     if subject.gradient("margin") is not None:
         once = withstood = subject.withstands(plan.attack(), 2)
         several = f"{plan.restarts} more restarts"
@@ -232,15 +256,22 @@ def _attacked(
         check, withstood = check_effort(subject, targeted, "targets", other, withstood, 11)
         checks.append(check)
         accuracy = float(withstood.double().mean())
-        growth = check_growth(subject, plan.attack(), once)
     after = withstood
     if source is not None:
         full = PGD(plan.norm, steps=plan.steps)
         check, after = check_transfer(subject, source, full, withstood)
-        checks += [check, check_back(subject, source, full)]
+        checks.append(check)
+        checks.append(check_back(subject, source, full))
     check, left = check_square(subject, plan.queries, withstood)
-    checks += [check] if growth is None else [check, growth]
-    return checks, after & left, accuracy
+    checks.append(check)
+    if once is not None:
+        checks.append(check_growth(subject, plan.attack(), once))
+    return after & left, accuracy
+
+
+_NEEDED = {"square", "slopes"}
+"""Checks without which nothing is decided; slopes can be judged unless there is no gradient at all,
+which is proof, or rounding hides them."""
 
 
 def _verdict(checks: Sequence[MaskingCheck], right: int) -> tuple[str, tuple[str, ...]]:
@@ -255,7 +286,7 @@ def _verdict(checks: Sequence[MaskingCheck], right: int) -> tuple[str, tuple[str
     few = right < FEWEST_SAMPLES
     if few:
         missing.append(f"{right} samples are right, at least {FEWEST_SAMPLES} are needed")
-    if signs or few or any(check.name == "square" for check in skipped):
+    if signs or few or any(check.name in _NEEDED for check in skipped):
         return "undecided", (*found, *missing)
     made, fewest = len(checks) - len(skipped), fewest_that_exceed(right, ALLOWED_BLIND)
     return "not masked", (

@@ -66,7 +66,7 @@ def check_effort(
         suspicious=exceeds(found, total, ALLOWED_EFFORT),
         decisive=False,
         sentence=f"{what} leave {int(after.sum())} of {total} samples robust, before "
-        f"{int(withstood.sum())}; {_from(total, ALLOWED_EFFORT)}",
+        f"{int(withstood.sum())}; gained so, {_from(total, ALLOWED_EFFORT)}",
     )
     return check, after
 
@@ -158,10 +158,9 @@ def check_growth(subject: Subject, attack: PGD, withstood: Tensor) -> MaskingChe
     """
     centre, largest = _common_point(subject)
     ratio = max(largest / subject.eps, 1.0)
-    radii = [subject.eps * ratio ** (k / _RADII) for k in range(1, _RADII + 1)]
+    powers = [] if ratio == 1.0 else [k / _RADII for k in range(1, _RADII + 1)]
+    radii = [subject.eps * ratio**power for power in powers]
     results = [withstood, *(subject.withstands(attack, 10, eps) for eps in radii)]
-    if ratio == 1.0:
-        results = results[:1]
     rising = 0
     for one, other in pairwise(results):
         rising += more_often(int((~one & other).sum()), int((one & ~other).sum()))
@@ -169,13 +168,13 @@ def check_growth(subject: Subject, attack: PGD, withstood: Tensor) -> MaskingChe
     stuck, total = int((results[-1] & elsewhere).sum()), int(elsewhere.sum())
     shares = [float(result.double().mean()) for result in results]
     told = f"accuracy of right samples {', '.join(f'{s:.0%}' for s in shares)} at eps " + ", ".join(
-        f"{eps:.3g}" for eps in [subject.eps, *radii][: len(results)]
+        f"{eps:.3g}" for eps in [subject.eps, *radii]
     )
     told += f"; {stuck} of {total} samples that cannot be robust at the last are left"
     return MaskingCheck(
         name="growing eps",
         numbers={
-            "eps": [subject.eps, *radii][: len(results)],
+            "eps": [subject.eps, *radii],
             "accuracy": shares,
             "stuck": stuck,
             "not robust": total,
@@ -200,12 +199,12 @@ def _blind(name: str, what: str, withstood: Tensor, after: Tensor) -> MaskingChe
         suspicious=exceeds(found, total, ALLOWED_BLIND),
         decisive=True,
         sentence=f"{what} {found} of the {left} samples that withstood gradient attacks, of "
-        f"{total}; {_from(total, ALLOWED_BLIND)}",
+        f"{total}; found so, {_from(total, ALLOWED_BLIND)}",
     )
 
 
 def _from(total: int, share: float) -> str:
-    return f"{fewest_that_exceed(total, share)} more would be evidence"
+    return f"{fewest_that_exceed(total, share)} or more of {total} are evidence"
 
 
 def _common_point(subject: Subject) -> tuple[Tensor, float]:

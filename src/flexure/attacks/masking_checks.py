@@ -7,6 +7,8 @@ Randomness, vanishing gradients, the gradient's predictions, and the loss surfac
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,32 +19,44 @@ from flexure.attacks.masking_evidence import (
     ALLOWED_VANISHED,
     ALLOWED_WRONG_SLOPES,
     FEWEST_SAMPLES,
+    MOSTLY_VANISHED,
     RANDOM_SPREAD,
     ROUGH,
     SLOPE_ERROR,
     exceeds,
 )
 from flexure.attacks.masking_result import LossSurface, MaskingCheck
+from flexure.attacks.masking_steps import (
+    LAST_ROUNDING,
+    centred,
+    direction,
+    known,
+    moved,
+    precision,
+    rise,
+    rounding,
+)
 from flexure.attacks.masking_subject import LOSSES, Subject
-from flexure.attacks.norms import norm_named, precise
 from flexure.batched import dots, norms, scaled
 from flexure.calling import margin
 
 __all__ = ["check_gradients", "check_randomness", "check_slopes", "check_surface", "reseed"]
 
-_PASSES = 4
-"""Passes that are compared: a dropped unit differs in one of them with near certainty."""
+_PASSES = 32
+"""Passes that are compared, at samples and again next to them: a network that is random in one of
+ten passes shows it with a probability of 0.9988."""
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 _SMALL_STEPS = (1e-3, 1e-2)
-"""Of the radius: the first of them at which float32 resolves a sample's change is judged."""
+"""Of the radius: the first of them at which rounding leaves a sample's change is judged."""
+
+_COARSE_STEP = 0.1
+"""Of the radius: judged instead where rounding leaves too few samples there. What is wrong here is
+evidence; what is right is none, since finer steps of a quantised input would be averaged."""
 
 _RESOLVED = 10
 """A predicted change is judged where it is so many times the rounding of the logits."""
-
-_ROUNDING = 32
-"""Rounding of a network's logits, in units of the precision times the largest of them."""
 
 _RAY_POINTS = 33
 
@@ -57,30 +71,35 @@ def reseed(seed: int) -> None:
 
 
 def check_randomness(subject: Subject) -> MaskingCheck:
-    """Whether repeated passes under other global seeds differ.
+    """Whether repeated passes under other global seeds differ, at samples or next to them.
 
     Gradients of a random network are those of one draw; expectation over transformation is needed
-    (Athalye et al. 2018, section 4.2; Carlini et al. 2019).
+    (Athalye et al. 2018, section 4.2; Carlini et al. 2019). What is the same for all classes says
+    nothing of the network's decision: logits are centred. Next to samples: where one step of the
+    fast gradient sign method leads.
     """
-    passes = []
-    for key in range(_PASSES):
-        reseed(subject.seeded(key))
-        passes.append(subject.logits().double().nan_to_num())
-    largest = passes[0].abs().amax(1).clamp(min=1e-300)
-    gaps = torch.stack([(other - passes[0]).abs().amax(1) for other in passes[1:]])
-    spread = gaps.amax(0) / largest
-    differing = int((spread > RANDOM_SPREAD).sum())
-    flips = int((torch.stack(passes).argmax(2) != passes[0].argmax(1)).any(0).sum())
-    told = f"logits of {differing} of {len(spread)} samples differ between {_PASSES} passes"
-    if differing:
+    gradient = subject.gradient("margin")
+    up, _ = _directions(subject, known(torch.zeros_like(subject.x) if gradient is None
+                                        else gradient))  # fmt: skip
+    differing = torch.zeros_like(subject.y, dtype=torch.bool)
+    spread, flipped = differing.double(), differing.clone()
+    for inputs in (subject.x, moved(subject, subject.eps * up)):
+        gaps, allowed, flips = _repeated(subject, inputs)
+        differing |= flips | (gaps > allowed)
+        spread, flipped = spread.maximum(gaps), flipped | flips
+    count, flips_ = int(differing.sum()), int(flipped.sum())
+    told = f"logits of {count} of {len(spread)} samples differ between {_PASSES} passes"
+    if count:
         told += (
-            f", by up to {float(spread.max()):.2g} of the largest logit; {flips} change their class"
+            f", by up to {float(spread.max()):.2g} of the largest logit; {flips_} change their "
+            f"class"
         )
     return MaskingCheck(
         name="randomness",
-        numbers={"differing": differing, "spread": float(spread.max()), "flips": flips},
-        expected=f"passes agree to {RANDOM_SPREAD:g} of the largest logit",
-        suspicious=differing > 0,
+        numbers={"differing": count, "spread": float(spread.max()), "flips": flips_},
+        expected=f"passes agree to {RANDOM_SPREAD:g} of the largest logit (all centred), and on "
+        f"classes",
+        suspicious=count > 0,
         decisive=True,
         sentence=told,
     )
@@ -93,44 +112,49 @@ def check_gradients(subject: Subject) -> MaskingCheck:
     (Carlini and Wagner 2017, of distilled networks; Athalye et al. 2018: vanishing gradients);
     those of the margin do not.
     """
-    numbers: dict[str, object] = {}
-    worst, told = 0, []
+    numbers: dict[str, dict[str, Any]] = {}
+    told = []
+    total = len(subject.x)
     for loss in LOSSES:
         gradient = subject.gradient(loss)
         if gradient is None:
             return _without_gradient()
-        finite = gradient.flatten(1).isfinite().all(1)
-        lengths = norms(gradient.double())
-        useless = ~finite | (lengths == 0)
-        known = lengths[finite] if bool(finite.any()) else lengths.new_zeros(1)
-        quantiles = known.quantile(known.new_tensor(_QUANTILES))
-        numbers[loss] = {
-            "quantiles": quantiles.tolist(),
-            "zero": int((lengths == 0).sum()),
-            "not finite": int((~finite).sum()),
-        }
-        worst = max(worst, int(useless.sum()))
+        numbers[loss] = _lengths(gradient)
         told.append(
-            f"{loss}: {int(useless.sum())} of {len(useless)} zero or not finite, median "
-            f"{float(quantiles[2]):.2g}"
+            f"{loss}: {numbers[loss]['zero'] + numbers[loss]['not finite']} of {total} zero or not "
+            f"finite, median {numbers[loss]['quantiles'][2]:.2g}"
+        )
+    entropy, odds = numbers["cross-entropy"], numbers["margin"]
+    broken = max(each["not finite"] for each in numbers.values())
+    useless = exceeds(max(broken, odds["zero"] + odds["not finite"]), total, ALLOWED_VANISHED)
+    vanished = entropy["zero"]
+    suspicious = useless or exceeds(vanished, total, ALLOWED_VANISHED)
+    if suspicious and not useless:
+        told.append(
+            f"gradients of the float32 cross-entropy vanish at {vanished} of {total} samples: "
+            f"attacks on it fail there, whatever the robustness, and attacks on margins do not"
         )
     return MaskingCheck(
         name="gradient norms",
         numbers=numbers,
-        expected=f"at most {ALLOWED_VANISHED:.0%} of the samples without a gradient",
-        suspicious=exceeds(worst, len(subject.x), ALLOWED_VANISHED),
-        decisive=True,
+        expected=f"at most {ALLOWED_VANISHED:.0%} of the samples without a gradient; a "
+        f"cross-entropy that is flat at more than {MOSTLY_VANISHED:.0%} is proof",
+        suspicious=suspicious,
+        decisive=useless or not suspicious or exceeds(vanished, total, MOSTLY_VANISHED),
         sentence="; ".join(told),
     )
 
 
 def check_slopes(subject: Subject, share: float) -> MaskingCheck:
-    """Whether the loss rises along the gradient as the gradient says: a finite difference.
+    """Whether the loss changes as the gradient says: finite differences along it and across.
 
-    Steps of a thousandth of the radius decide; that of the attack and the whole radius are told.
-    A gradient made up for a network that has none, such as that of a straight-through estimator for
-    a quantised input, fails here (Athalye et al. 2018, section 4.1: backward pass differentiable
-    approximation).
+    Of the steps up, a thousandth of the radius decides, or the next one that rounding leaves; that
+    of the attack and the whole radius are told. A gradient made up for a network that has none,
+    such as that of a straight-through estimator for a quantised input, fails here (Athalye et al.
+    2018, section 4.1: backward pass differentiable approximation). A gradient with a part cut off
+    still says what happens along itself, so that random signs (in l2 a random direction) decide,
+    too: there the error is judged against the size that the gradient's prediction has on average
+    over signs.
 
     Args:
         subject: see there.
@@ -140,25 +164,37 @@ def check_slopes(subject: Subject, share: float) -> MaskingCheck:
     gradient = subject.gradient("margin")
     if gradient is None:
         return MaskingCheck(name, {}, expected, None, True, "there is no gradient")
-    ratios, resolved = [], []
-    steps = (*_SMALL_STEPS, share, 1.0)
-    for step in steps:
-        rise, predicted, rounding = _rise(subject, gradient, step)
-        resolved.append(predicted > _RESOLVED * rounding)
-        ratios.append(torch.where(predicted > 0, rise / predicted, torch.nan))
-    first = torch.where(resolved[0], ratios[0], ratios[1])
-    judged = resolved[0] | resolved[1]
-    wrong = judged & ~((first - 1).abs() <= SLOPE_ERROR)
-    count, bad = int(judged.sum()), int(wrong.sum())
+    steps = (*_SMALL_STEPS, _COARSE_STEP, share, 1.0)
+    up = direction(subject, known(gradient))
+    rises = [rise(subject, gradient, step * up) for step in steps]
+    resolved = [r.predicted > _RESOLVED * r.rounding for r in rises]
+    ratios = [torch.where(r.predicted > 0, r.found / r.predicted, torch.nan) for r in rises]
     shares = [float(r[ok].nanmedian()) for r, ok in zip(ratios, resolved, strict=True)]
-    numbers = {"steps": list(steps), "ratios": shares, "judged": count, "wrong": bad}
-    if count < FEWEST_SAMPLES:
-        told = f"rounding hides the changes of all but {count} samples"
-        return MaskingCheck(name, numbers, expected, None, True, told)
+    along = [(ok, (ratio - 1).abs()) for ok, ratio in zip(resolved, ratios, strict=True)]
+    count, bad, fine = _wrong(along[:3])
+    drawn = normal(subject.x.shape, subject.generator(12)).to(gradient)
+    aside = [rise(subject, gradient, step * direction(subject, drawn)) for step in steps[:3]]
+    across = [(r.size > _RESOLVED * r.rounding, (r.found - r.predicted).abs() / r.size)
+              for r in aside]  # fmt: skip
+    others, missed, _ = _wrong(across)
+    numbers = {"steps": list(steps), "ratios": shares, "judged": count, "wrong": bad,
+               "judged across": others, "wrong across": missed}  # fmt: skip
+    suspicious = any(
+        total >= FEWEST_SAMPLES and exceeds(found, total, ALLOWED_WRONG_SLOPES)
+        for found, total in ((bad, count), (missed, others))
+    )
     medians = ", ".join(f"{r:.2g} at {s:g} eps" for s, r in zip(steps, shares, strict=True))
-    told = f"wrong for {bad} of {count} samples; median rise over predicted {medians}"
-    suspicious = exceeds(bad, count, ALLOWED_WRONG_SLOPES)
-    return MaskingCheck(name, numbers, expected, suspicious, True, told)
+    told = (
+        f"wrong for {bad} of {count} samples along the gradient, for {missed} of {others} across; "
+        f"median rise over predicted {medians}"
+    )
+    if not fine and not suspicious:
+        told = (
+            f"rounding, or a gradient of zero, hides the changes over steps of "
+            f"{_SMALL_STEPS[-1]:g} eps; {told}"
+        )
+    judged = suspicious if fine or suspicious else None
+    return MaskingCheck(name, numbers, expected, judged, True, told)
 
 
 def check_surface(
@@ -173,7 +209,7 @@ def check_surface(
     """
     surface = _surface(subject, places, points)
     rises = surface.ray_losses.diff(dim=1)
-    floor = _rounding(subject.logits(), subject.x.dtype)[:, None].cpu()
+    floor = rounding(subject, subject.logits())[:, None].cpu()
     turns = [_turns(row[row.abs() > f]) for row, f in zip(rises, floor, strict=True)]
     total = surface.ray_losses - surface.ray_losses[:, :1]
     missed = surface.ray_losses - surface.ray_predicted
@@ -204,25 +240,49 @@ def _without_gradient() -> MaskingCheck:
     )
 
 
-def _rise(subject: Subject, gradient: Tensor, step: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(B,) of the loss −m over a step up, as found and as predicted, and the rounding of both."""
-    up = norm_named(subject.norm).direction(gradient.nan_to_num(0.0, 0.0, 0.0))
-    moved = _moved(subject, subject.eps * step * up)
-    before, after = subject.logits(), subject.logits(moved)
-    rise = margin(before, subject.y).double() - margin(after, subject.y).double()
-    predicted = dots(gradient.double(), moved.double() - subject.x.double())
-    return rise, predicted, _rounding(before, subject.x.dtype)
+def _repeated(subject: Subject, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of passes at inputs, (N,) each: largest gap to the first, what is allowed, class changes.
+
+    Gaps are shares of the largest centred logit.
+    """
+    found = []
+    for key in range(_PASSES):
+        reseed(subject.seeded(key))
+        logits = subject.logits(inputs)
+        found.append(logits.double().nan_to_num())
+    first = centred(found[0])
+    largest = first.abs().amax(1).clamp(min=1e-300)
+    gaps = torch.stack([(centred(other) - first).abs().amax(1) for other in found[1:]]).amax(0)
+    flips = (torch.stack(found).argmax(2) != found[0].argmax(1)).any(0)
+    unit = precision(subject, logits) * found[0].abs().amax(1)
+    return gaps / largest, RANDOM_SPREAD + 2 * LAST_ROUNDING * unit / largest, flips
 
 
-def _moved(subject: Subject, change: Tensor) -> Tensor:
-    """The samples, changed and within the bounds."""
-    low, high = subject.limits
-    return (precise(subject.x) + change).clamp(low, high).to(subject.x.dtype)
+def _lengths(gradient: Tensor) -> dict[str, Any]:
+    """Quantiles of the norms of (N, *shape) gradients, and how many of them say nothing."""
+    finite = gradient.flatten(1).isfinite().all(1)
+    lengths = norms(gradient.double())
+    some = lengths[finite] if bool(finite.any()) else lengths.new_zeros(1)
+    return {
+        "quantiles": some.quantile(some.new_tensor(_QUANTILES)).tolist(),
+        "zero": int((lengths == 0).sum()),
+        "not finite": int((~finite).sum()),
+    }
 
 
-def _rounding(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    precision = torch.finfo(torch.promote_types(logits.dtype, dtype)).eps
-    return _ROUNDING * precision * logits.double().abs().amax(1)
+def _wrong(steps: Sequence[tuple[Tensor, Tensor]]) -> tuple[int, int, bool]:
+    """How many samples are judged, how many of them are wrong, and whether at a small step.
+
+    Args:
+        steps: (N,) bool, whether rounding leaves a sample's change, and (N,) its relative error, at
+            the two small steps and the coarse one.
+    """
+    (first, error), (second, other), (coarse, last) = steps
+    judged, errors = first | second, torch.where(first, error, other)
+    fine = int(judged.sum()) >= FEWEST_SAMPLES
+    if not fine:
+        judged, errors = coarse, last
+    return int(judged.sum()), int((judged & ~(errors <= SLOPE_ERROR)).sum()), fine
 
 
 def _turns(rises: Tensor) -> float:
@@ -234,7 +294,7 @@ def _turns(rises: Tensor) -> float:
 
 def _surface(subject: Subject, places: Tensor, points: int) -> LossSurface:
     found = subject.gradient("margin")
-    gradient = torch.zeros_like(subject.x) if found is None else found.nan_to_num(0.0, 0.0, 0.0)
+    gradient = torch.zeros_like(subject.x) if found is None else known(found)
     up, across = _directions(subject, gradient)
     offsets, ray = torch.linspace(-1, 1, points), torch.linspace(0, 1, _RAY_POINTS)
     losses = [
@@ -260,24 +320,23 @@ def _surface(subject: Subject, places: Tensor, points: int) -> LossSurface:
 
 def _directions(subject: Subject, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """The way up and one across, (S, *shape) each, of length 1 in the norm."""
-    direction = norm_named(subject.norm).direction
     drawn = [normal(subject.x.shape, subject.generator(key)).to(gradient) for key in (0, 1)]
-    up = direction(gradient)
+    up = direction(subject, gradient)
     flat = (up == 0).flatten(1).all(1)
-    up = torch.where(flat.view(-1, *[1] * (up.dim() - 1)), direction(drawn[0]), up)
+    up = torch.where(flat.view(-1, *[1] * (up.dim() - 1)), direction(subject, drawn[0]), up)
     across = drawn[1]
     if subject.norm == "l2":
         across = across - scaled(dots(across, up), up)
-    return up, direction(across)
+    return up, direction(subject, across)
 
 
 def _loss(
     subject: Subject, change: Tensor, gradient: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(S,) −m at a change in units of the radius; with a gradient also what it predicts."""
-    moved = _moved(subject, subject.eps * change)
-    loss = -margin(subject.logits(moved), subject.y).double()
+    at = moved(subject, subject.eps * change)
+    loss = -margin(subject.logits(at), subject.y).double()
     if gradient is None:
         return loss.cpu(), loss.cpu()
     before = -margin(subject.logits(), subject.y).double()
-    return loss.cpu(), (before + dots(gradient.double(), moved.double() - subject.x.double())).cpu()
+    return loss.cpu(), (before + dots(gradient.double(), at.double() - subject.x.double())).cpu()

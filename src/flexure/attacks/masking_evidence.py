@@ -17,6 +17,7 @@ __all__ = [
     "ALLOWED_WRONG_SLOPES",
     "CONFIDENCE",
     "FEWEST_SAMPLES",
+    "MOSTLY_VANISHED",
     "RANDOM_SPREAD",
     "ROUGH",
     "SLOPE_ERROR",
@@ -48,6 +49,11 @@ robust: a working attack leaves none (Athalye et al. 2018, section 3.1, "unbound
 ALLOWED_VANISHED = 0.05
 """Share of the samples whose gradient may be zero or not finite: float32 holds e^−m up to m = 103,
 which networks reach on hardly any sample unless their logits are scaled."""
+
+MOSTLY_VANISHED = 0.5
+"""Share of the samples whose cross-entropy may be flat in float32 while the margin is not, before
+that alone is proof: from there on most of what an attack on it reports is rounding, not the
+network. A network that is sure of many samples is below."""
 
 SLOPE_ERROR = 0.5
 """Relative error of the gradient's prediction over a thousandth of the radius beyond which it is
