@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from flexure.attacks import PGD, Bounded, robust_accuracy
 from flexure.attacks.norms import norm_named
 from flexure.contracts import DataError, FlexureError
-from flexure.methods.attack_model import RADII, attack_model
-from flexure.methods.attack_model_result import WORST, radius_text
+from flexure.methods.attack_model import RADII, _beaten_beyond, attack_model
+from flexure.methods.attack_model_result import WORST, AttackReport, radius_text
 from flexure.methods.attack_model_shares import paired_share, share
 from flexure.record import to_json
+from tests.report.attack_results import attacked as attacked_model
+from tests.report.attack_results import examples, masking
 
 EPS = {"linf": (0.02, 0.05, 0.1), "l2": (0.1, 0.3)}
 
@@ -356,3 +358,20 @@ def test_shares() -> None:
     assert better.certain
     assert math.isnan(paired_share(hits[:1], hits[:1]).low)
     assert math.isnan(share(hits[:0]).value)
+
+
+def test_what_the_search_for_masking_beats_is_told_at_its_radius_and_larger() -> None:
+    judged, model = replace(masking(), samples=torch.arange(36, 100)), attacked_model()
+    told = list(_beaten_beyond(judged, model))
+    assert told
+    for at in model.at:
+        alive = at.robust.clone()
+        alive[judged.samples[~judged.robust]] = False
+        lower = at.eps >= judged.eps and int(alive.sum()) < int(at.robust.sum())
+        (line,) = [t for t in told if f", {radius_text(at.eps, 'linf')} in" in t] or [None]
+        assert (line is not None) == lower
+        assert line is None or f"at most {share(alive)} %, not {at.accuracy} %" in line
+    assert list(_beaten_beyond(None, model)) == []
+    whole = AttackReport((model,), examples(0), masking=judged, notes=tuple(told))
+    assert "Gradient masking of steered: linf" in str(whole)
+    assert whole.to_dict()["masking"]["model"] == "steered"

@@ -338,7 +338,7 @@ class AttackReport:
             parts = (f"{radius_text(one.eps, 'l2')}: {one.accuracy}" for one in self.certified)
             lines.append(f"Certified accuracy, l2, in %: {', '.join(parts)}")
         if self.masking is not None:
-            lines.append(str(self.masking))
+            lines.append(f"Gradient masking of {self.models[0].name}: {self.masking}")
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -350,6 +350,8 @@ class AttackReport:
             for at in self.models[0].at
         ]
         told = {"clean": to_json(self.difference()), "attacked": differences}
+        if own["masking"] is not None:
+            own["masking"] = {"model": self.models[0].name} | own["masking"]
         return own | {
             "curves": to_json(self.curves),
             "differences": told if len(self.models) > 1 else None,
