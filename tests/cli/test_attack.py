@@ -37,7 +37,7 @@ def small():
     return made(), Preprocess(None, MEAN, STD)
 
 def other():
-    return made(1), Preprocess(None, MEAN, STD)
+    return made(1), Preprocess(None, STD, MEAN)
 
 def unknown():
     return made(), half
@@ -137,7 +137,7 @@ def test_a_steered_network_beside_the_plain_one(attack, address, tmp_path: Path)
     code, text, err = attack(*ATTACK, "--steer", "0.6,0.25", "--json")
     assert (code, err) == (0, "")
     steered = json.loads(text)["numbers"]
-    assert [model["name"] for model in steered["models"]] == ["beta 0.6", "unsteered"]
+    assert [model["name"] for model in steered["models"]] == ["beta 0.6, c 0.25", "unsteered"]
     assert steered["differences"]["attacked"][0]["difference"]["low"] <= 0.5
     _, plain, _ = attack(*ATTACK, "--json", out="plain")
     assert outcomes(steered)[1] == outcomes(json.loads(plain)["numbers"])[0]
@@ -158,8 +158,8 @@ def outcomes(numbers: dict[str, Any]) -> list[Any]:
 
 
 def test_two_networks_each_with_its_own_preprocessing(attack, address) -> None:
-    code, text, _ = attack(*ATTACK, "--against", address.replace("small", "other"), "--json")
-    assert code == 0
+    code, text, err = attack(*ATTACK, "--against", address.replace("small", "other"), "--json")
+    assert (code, err) == (0, "")  # each is normalised by its own: nothing to warn of
     numbers = json.loads(text)["numbers"]
     _, alone, _ = attack(*ATTACK, "--json", model=address.replace("small", "other"), out="b")
     assert outcomes(numbers)[1] == outcomes(json.loads(alone)["numbers"])[0]
@@ -177,6 +177,32 @@ def test_masking_certificates_and_the_published_protocol(attack) -> None:
     told = {(at["norm"], at["protocol"]) for at in numbers["models"][0]["at"]}
     assert told == {(n, p) for n in ("linf", "l2") for p in ("standard", "published")}
     assert any("not an l_p robustness" in note for note in numbers["notes"])
+
+
+def test_pixels_beside_other_inputs_are_refused(attack, address, tmp_path: Path) -> None:
+    unknown = address.replace("small", "unknown")
+    for model, against, whose in ((address, unknown, "--against"), (unknown, address, "MODEL's")):
+        code, text, err = attack(*ATTACK, "--against", against, model=model)
+        assert (code, text) == (2, "")
+        assert "expected two models of pixels" in err
+        assert whose in err
+        assert len(err.splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_go_with_the_folder_of_a_sweep(attack, tmp_path: Path) -> None:
+    swept = tmp_path / "swept"
+    swept.mkdir()
+    kept = swept / "results.json"
+    kept.write_text("{}")
+    code, _, err = attack(*ATTACK, "--after", str(tmp_path / "x" / ".." / "swept"), out="swept")
+    assert code == 2
+    assert "expected results in another folder than those of the sweep" in err
+    assert kept.read_text() == "{}"
+    files = ("--corruption-files", "cifar10-c:nowhere")
+    code, _, err = attack(*CORRUPT, *files, "--after", str(swept))
+    assert code == 2
+    assert "expected --after without --corruption-files" in err
 
 
 def test_unknown_bounds_are_told(attack, address) -> None:

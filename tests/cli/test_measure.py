@@ -105,7 +105,7 @@ def test_steer_compares_with_the_unsteered(model: str, tmp_path: Path, capsys) -
     payload = json.loads(text)
     assert payload == json.loads((tmp_path / "a" / "results.json").read_text())
     numbers = payload["numbers"]
-    assert [found["name"] for found in numbers["models"]] == ["beta 0.8", "unsteered"]
+    assert [found["name"] for found in numbers["models"]] == ["beta 0.8, c 0.25", "unsteered"]
     assert [set(found["refusals"]) for found in numbers["models"]] == [set(), {"rate", "bound"}]
     ratio = next(
         d for d in numbers["differences"]

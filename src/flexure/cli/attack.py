@@ -5,6 +5,7 @@ Here are the options alone; the three jobs are in the `attack_*.py` beside.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -114,7 +115,7 @@ def attack(
         ),
     ] = False,
     masking: Annotated[
-        bool, typer.Option("--masking", help="Look for masked gradients too.")
+        bool, typer.Option("--masking", help="Look for masked gradients of MODEL too.")
     ] = False,
     certify: Annotated[
         bool,
@@ -254,11 +255,7 @@ def attack(
             starts=starts, clean_loss=clean_loss, val_size=val_size, test_size=test_size,
         )  # fmt: skip
     if after is not None:
-        if any(each is not None for each in (steer, adapter, split)):
-            raise FlexureError(
-                "expected --after alone to say what is attacked, got --steer, --adapter or --split "
-                "too; leave them out"
-            )
+        _check_after(after, out, chosen=(steer, adapter, split), files=corruption_files)
         adapter = Swept.read(after).adapter
     subject = Subject(
         model, data, out, against, steer, adapter, after, split, samples, device, batch_size, seed,
@@ -305,6 +302,30 @@ def _check_given(context: typer.Context, *, sweep: bool, corruptions: bool) -> N
                 f"expected no {option} with --{none[0]} {NONE}, which searches no groups; leave "
                 f"one of them out"
             )
+
+
+def _check_after(after: Path, out: Path, *, chosen: Iterable[object], files: str | None) -> None:
+    """Refuses what does not go with the folder of a sweep.
+
+    Raises:
+        FlexureError: another model or split, its own folder for results, or files in which images
+            are told by their places.
+    """
+    if any(each is not None for each in chosen):
+        raise FlexureError(
+            "expected --after alone to say what is attacked, got --steer, --adapter or --split "
+            "too; leave them out"
+        )
+    if after.resolve() == out.resolve():
+        raise FlexureError(
+            f"expected results in another folder than those of the sweep, got {out} for both; give "
+            f"another --out"
+        )
+    if files is not None:
+        raise FlexureError(
+            "expected --after without --corruption-files, got both: official files have the first "
+            "images, which the sweep may have chosen on; leave one of them out"
+        )
 
 
 def _remedy(name: str) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from flexure.attacks.bounded import Bounded
 from flexure.cli.attack_jobs import Done, Subject, fraction, warn_of
 from flexure.cli.attack_sweep import samples_of
-from flexure.cli.chosen import Space, dials_of, side_by_side, space
+from flexure.cli.chosen import Space, dials_of, same_inputs, side_by_side, space
 from flexure.cli.common import check_takes, load
 from flexure.contracts import FlexureError
 from flexure.data import batches, load_data
@@ -69,14 +69,18 @@ class PlainAttack:
         count = SAMPLES if subject.samples is None else subject.samples
         chosen, split = samples_of(subject, load_data(subject.data), count)
         own = space(loaded, chosen)
+        theirs = own if other is None else space(other, chosen)
+        _check_spaces(own, theirs)
         ready = partial(batches, batch_size=subject.batch_size, device=subject.device, cache=True)
         given = ready(chosen, preprocess=own.prepare)
         for each in (loaded, other):
             if each is not None:
                 check_takes(each, given)
         warn_of(own, loaded)
-        pair = side_by_side(loaded, other, dials, subject.adapter, given, beside_adapter=True)
-        theirs = own if other is None else space(other, chosen)
+        pair = side_by_side(
+            loaded, other, dials, subject.adapter, given, beside_adapter=True,
+            alike=same_inputs(own, theirs),
+        )  # fmt: skip
         found = attack_model(
             _bounded(pair.model, own),
             given,
@@ -114,6 +118,20 @@ def radii_of(texts: Sequence[str]) -> dict[str, list[float]]:
         radii = [fraction("--eps", part) for part in rest.split(",")]
         found.setdefault(norm.strip() or "linf", []).extend(radii)
     return found
+
+
+def _check_spaces(own: Space, theirs: Space) -> None:
+    """Refuses a network of pixels beside one of other inputs.
+
+    Raises:
+        FlexureError: only of one of both the normalisation is known.
+    """
+    if (own.bounds is None) != (theirs.bounds is None):
+        which = "MODEL's" if own.bounds is None else "that of --against"
+        raise FlexureError(
+            f"expected two models of pixels, got one preprocessing without a normalisation that is "
+            f"known, {which}; give it a flexure.models.Preprocess, or make two runs"
+        )
 
 
 def _bounded(model: nn.Module, own: Space) -> Bounded:

@@ -33,6 +33,7 @@ __all__ = [
     "drawn",
     "numbers",
     "output",
+    "same_inputs",
     "side_by_side",
     "space",
 ]
@@ -58,6 +59,7 @@ def side_by_side(
     given: PreparedBatches,
     *,
     beside_adapter: bool = False,
+    alike: bool | None = None,
 ) -> Pair:
     """The model as it was asked for, and the other one.
 
@@ -68,13 +70,17 @@ def side_by_side(
         adapter: folder of one to put into it.
         given: batches of its inputs.
         beside_adapter: whether a model with an adapter is beside itself without one too.
+        alike: whether the other one takes these inputs as the model does; None: if both have the
+            same preprocessing.
 
     Raises:
         FlexureError: no such dial, adapter, or sites; or both a dial and an adapter.
     """
     if dials is not None and adapter is not None:
         raise FlexureError("expected --steer or --adapter, got both; choose one")
-    if other is not None and described(loaded) != described(other):
+    if alike is None:
+        alike = other is None or described(loaded) == described(other)
+    if other is not None and not alike:
         warnings.warn(
             f"{other.address} has another preprocessing than {loaded.address}; both are given what "
             f"{loaded.address} takes",
@@ -89,7 +95,7 @@ def side_by_side(
             second, second_name = deepcopy(model), "unsteered"
         x, _ = next(iter(given))
         steer_model(model, beta=beta, c=c, example=x[:2])
-        name = f"beta {beta:g}"
+        name = f"beta {beta:g}, c {c:g}"
     if adapter is not None:
         if second is None and beside_adapter:
             second, second_name = deepcopy(model), "plain"
@@ -100,7 +106,16 @@ def side_by_side(
 
 def described(loaded: LoadedModel) -> str:
     """The preprocessing in words, without addresses in memory."""
-    return re.sub(r"0x[0-9a-f]+", "", repr(loaded.preprocess))
+    return _words(loaded.preprocess)
+
+
+def same_inputs(own: Space, other: Space) -> bool:
+    """Whether two networks take inputs of one space, each with its own normalisation inside."""
+    return own.bounds == other.bounds and _words(own.prepare) == _words(other.prepare)
+
+
+def _words(preprocess: Any) -> str:
+    return re.sub(r"0x[0-9a-f]+", "", repr(preprocess))
 
 
 def drawn(
