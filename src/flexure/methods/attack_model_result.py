@@ -316,7 +316,7 @@ class AttackReport:
         cells = head | {m.name: str(one) for m, one in zip(self.models, shares, strict=True)}
         if len(self.models) > 1:
             cells["difference"] = "" if difference is None else str(difference)
-        told = ("", "", "", "")
+        told: tuple[str, ...] = ("", "", "", "")
         if stage is not None:
             per = (stage.seconds_per_attacked, stage.seconds_per_survivor)
             told = (str(int(stage.tried.sum())), str(stage.found), *map(_seconds, per))
@@ -343,7 +343,9 @@ class AttackReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in JSON terms, every sample's outcome included; not the example inputs."""
-        own = {name: to_json(getattr(self, name)) for name in self.__dataclass_fields__}
+        own: dict[str, Any] = {
+            name: to_json(getattr(self, name)) for name in self.__dataclass_fields__
+        }
         differences = [
             {"norm": at.norm, "eps": at.eps, "protocol": at.protocol}
             | {"difference": to_json(self.difference(at.norm, at.eps, at.protocol))}

@@ -35,6 +35,7 @@ def site_groups(names: Sequence[str], groups: Groups) -> dict[str, tuple[str, ..
         FlexureError: other groups, a group without sites, a site without a group, or a group whose
             name means something else.
     """
+    found: dict[str, tuple[str, ...]]
     if groups == "sites":
         found = {name: (name,) for name in names}
     elif groups == "layers":
