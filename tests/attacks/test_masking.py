@@ -156,6 +156,10 @@ def test_a_flat_cross_entropy_is_told_as_what_it_is() -> None:
     told = f"gradients of the float32 cross-entropy vanish at {zero} of"
     assert told in sure["gradient norms"].sentence
     assert "attacks on margins do not" in sure["gradient norms"].sentence
+    left = f"leave {sure.gradient_accuracy:.1%} of the samples"
+    assert sure.reasons[-1] == f"attacks on margins, which have gradients here, {left}"
+    assert sure.flat_entropy
+    assert not honest.flat_entropy
 
 
 @pytest.mark.parametrize("seed", [1, 2**64 - 1, -3])

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from flexure.calling import margin
 from flexure.methods.attack_model_result import AttackReport, CertifiedShare
 from flexure.methods.attack_model_shares import share
 from flexure.report import run_table
@@ -80,9 +81,9 @@ def test_every_part_is_there_in_order() -> None:
         "steered <0.7> against plain",
         "The published protocol: not an l_p robustness",
         "Adversarial examples",
-        "Gradient masking: not masked",
-        "The loss around samples",
-        "Gradients and growing radii",
+        "Gradient masking of steered <0.7>: not masked",
+        "The loss of steered <0.7> around samples",
+        "Gradients and growing radii of steered <0.7>",
         "Certified accuracy",
         "Attack by attack",
         "What attacks warned of",
@@ -101,7 +102,7 @@ def test_sentences_are_true_of_the_numbers() -> None:
     assert told[0].startswith("steered <0.7> and plain, attacked on 100 samples")
     assert f"steered <0.7> {found.clean} %; plain 92.0" in told[1]
     assert f"difference {found.difference()} points" in told[1]
-    assert told[2].startswith("Gradient masking (l∞, radius 1/255, 64 samples): not masked.")
+    assert told[2].startswith("Gradient masking of steered <0.7> (l∞, ")
     assert told[3].startswith("steered <0.7> under l∞ attacks, worst case: ")
     assert f"{found.accuracy('linf', 1 / 255)} % at 1/255" in told[3]
     assert f"{found.accuracy('l2', 0.25)} % at 0.25" in told[4]
@@ -284,3 +285,39 @@ def test_torch_state_is_left_alone() -> None:
     before = torch.random.get_rng_state()
     attack_sections(report(masking=masking(), examples=examples()))
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_flat_cross_entropy_is_not_said_of_all_gradients() -> None:
+    found = masking("masked")
+    norms = found["gradient norms"]
+    entropy, odds = ({"quantiles": [0.0] * 5, "zero": k, "not finite": 0} for k in (50, 0))
+    flat = replace(norms, numbers={"cross-entropy": entropy, "margin": odds}, suspicious=True)
+    for check, told in (
+        (flat, "Attacks on the cross-entropy fail"),
+        (norms, "Attacks that follow"),
+    ):
+        section = next(
+            one for one in attack_sections(report(masking=replace(found, checks=(check,))))
+            if one.title == "Gradient masking of steered: masked"
+        )  # fmt: skip
+        assert section.text[0].startswith(told)
+
+
+def test_above_zero_a_label_may_still_win() -> None:
+    """Of logits 0, -0.5, -0.5 the label's log-odds are below 0, and it is predicted."""
+    z = torch.tensor([[0.0, -0.5, -0.5]])
+    assert float(margin(z, torch.tensor([0]))) < 0
+    assert int(z.argmax()) == 0
+    section = whole_sections()["The loss of steered <0.7> around samples"]
+    assert "of more it may still be right" in section.caption
+
+
+def test_growing_radii_are_in_levels_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "flexure.report.attack_masking.labelled_lines",
+        lambda _, **words: given.append(words) or Picture("<svg></svg>", ""),
+    )
+    attack_sections(report(masking=masking()))
+    assert given[0]["scale"] == 255
+    assert "1/255" in given[0]["x_label"]

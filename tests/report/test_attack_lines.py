@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexure.contracts import FlexureError
-from flexure.report.attack_lines import Line, Mark, _apart, labelled_lines
+from flexure.report.attack_lines import Line, Mark, _apart, _scale_of, labelled_lines
+from flexure.report.canvas import WIDE, canvas
 from flexure.report.plots import Estimate
 
 
@@ -80,3 +81,12 @@ def test_nothing_to_draw_is_an_error(lines: list[Line]) -> None:
 def test_extremes_are_drawn(values: list[float]) -> None:
     lines = [line(f"attack {k} " * 9, values, look=k, band=True) for k in range(13)]
     ElementTree.fromstring(labelled_lines(lines, rooted=True, **WORDS).svg)
+
+
+def test_the_first_and_the_last_place_keep_their_numbers() -> None:
+    _, axes = canvas(WIDE)
+    radii = [0.1 * 5 ** (k / 40) for k in range(41)]
+    _scale_of(axes, [Line("a", radii, [of(50)] * 41)], 255.0, True, "eps")
+    told = [label.get_text() for label in axes.get_xticklabels()]
+    assert (told[0], told[-1]) == ("25.5", "128")
+    assert 3 < len(told) < 20

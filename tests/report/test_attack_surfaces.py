@@ -32,7 +32,7 @@ def test_surfaces_tell_how_much_is_wrong_whatever_the_losses(ball: str, count: i
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         told = parsed(surfaces(maps, ball=ball, x_label="x", y_label="y", value="loss (nats)"))
-    assert "sample 0: wrong in 44% of the map" in told
+    assert "sample 0: above 0 in 44% of the map" in told
 
 
 def test_the_gradient_is_drawn_to_the_right() -> None:

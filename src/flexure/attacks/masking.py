@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -221,7 +221,7 @@ def _report(
         robust[right] = withstood
         accuracy = None if accuracy is None else accuracy * len(right) / len(clean)
     verdict, reasons = _verdict(checks, len(right))
-    return MaskingReport(
+    found = MaskingReport(
         verdict=verdict,
         reasons=reasons,
         checks=tuple(checks),
@@ -235,6 +235,10 @@ def _report(
         gradient_accuracy=accuracy,
         settings={**vars(plan), "source": source is not None},
     )
+    if found.flat_entropy and accuracy is not None:
+        told = f"attacks on margins, which have gradients here, leave {accuracy:.1%} of the samples"
+        found = replace(found, reasons=(*reasons, told))
+    return found
 
 
 def _attacked(

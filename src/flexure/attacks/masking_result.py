@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flexure.attacks.masking_evidence import ALLOWED_VANISHED, exceeds
 from flexure.columns import aligned
 from flexure.record import to_json
 
@@ -44,11 +45,13 @@ class MaskingCheck:
 class LossSurface:
     """The loss around S samples, on a grid and along a ray: data for a picture.
 
-    The loss is −m, m the margin (`calling.margin`): the log-odds of a wrong class. Zero is (for two
-    classes, and nearly for more) the decision boundary; it does not saturate, as the cross-entropy
-    does. The grid's points are x + eps (a_j u + a_k v), u the direction of steepest ascent in the
-    norm (the gradient's sign in linf, the unit gradient in l2; where the gradient vanishes, a
-    random one) and v a random direction orthogonal to u in l2, random signs in linf; clamped to the
+    The loss is −m, m the margin (`calling.margin`): the log-odds of a wrong class. At zero the
+    label has half of the probability: of two classes that is the decision boundary, of more the
+    prediction is right below it and may be right above it, too. It does not saturate, as the
+    cross-entropy does. The grid's points are x + eps (a_j u + a_k v), u the direction of steepest
+    ascent in the norm (the gradient's sign in linf, the unit gradient in l2; where the gradient
+    vanishes, a random one) and v a random direction orthogonal to u in l2, random signs in linf;
+    clamped to the
     bounds of the inputs. Each axis ends at a distance of eps; corners are farther.
 
     Attributes:
@@ -111,6 +114,17 @@ class MaskingReport:
     def accuracy(self) -> float:
         """Share of the samples that withstood every attack: the robust accuracy to report."""
         return float(self.robust.double().mean())
+
+    @property
+    def flat_entropy(self) -> bool:
+        """Whether gradients of the cross-entropy vanish where those of the margin do not."""
+        check = next((check for check in self.checks if check.name == "gradient norms"), None)
+        if check is None or not check.suspicious or not check.numbers:
+            return False
+        broken = max(each["not finite"] for each in check.numbers.values())
+        odds, right = check.numbers["margin"], round(self.clean_accuracy * len(self.samples))
+        worst = max(broken, odds["zero"] + odds["not finite"])
+        return not exceeds(worst, right, ALLOWED_VANISHED)
 
     def __getitem__(self, name: str) -> MaskingCheck:
         """The check of this name; KeyError where there is none."""

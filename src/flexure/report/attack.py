@@ -88,7 +88,7 @@ def attack_summary(found: AttackReport) -> tuple[str, ...]:
     return (
         f"{names}, attacked on {found.samples} samples; intervals in brackets: 95 %, over samples.",
         _clean_sentence(found),
-        *([] if found.masking is None else [masking_sentence(found.masking)]),
+        *([] if found.masking is None else [masking_sentence(found.masking, found.models[0].name)]),
         *_worst_sentences(found),
         *_difference_sentences(found),
         *_certified_sentence(found),
@@ -103,7 +103,7 @@ def attack_sections(found: AttackReport, *, classes: Sequence[str] | None = None
         *difference_sections(found),
         *published_sections(found),
         *example_sections(found.examples, classes),
-        *([] if found.masking is None else masking_sections(found.masking)),
+        *([] if found.masking is None else masking_sections(found.masking, found.models[0].name)),
         *_certified_sections(found),
         *stage_sections(found),
     ]

@@ -168,10 +168,12 @@ def _scale_of(axes: Any, lines: Sequence[Line], scale: float, rooted: bool, labe
     room = 72 * WIDE[0] - _AROUND
     kept: list[float] = []
     edge = math.inf
-    for place, length in reversed(list(zip(places, lengths, strict=True))):
-        half = (_LETTER * _TICK * len(f"{scale * place:.3g}") + 8) / 2
-        centre = room * (length - lengths[0]) / span
-        if centre + half <= edge:
+    halves = [(_LETTER * _TICK * len(f"{scale * place:.3g}") + 8) / 2 for place in places]
+    centres = [room * (length - lengths[0]) / span for length in lengths]
+    start = centres[0] + halves[0]  # the first is always told: it is what was asked for
+    for place, centre, half in reversed(list(zip(places, centres, halves, strict=True))):
+        alone = centre - half >= start or len(kept) == 0
+        if place == places[0] or (alone and centre + half <= edge):
             kept, edge = [place, *kept], centre - half
     axes.set_xticks(kept, labels=[f"{scale * place:.3g}" for place in kept])
     axes.minorticks_off()

@@ -28,18 +28,35 @@ _MEANING = {
     "undecided": "There are signs that are no proof, or checks that could not be made: accuracies "
     "under attack are to be read with that in mind.",
 }
+_FLAT = (
+    "Attacks on the cross-entropy fail here for a reason other than robustness, because its "
+    "gradients vanish in float32: accuracies under them say nothing of this network. Attacks on "
+    "margins, such as those of the checks below, have gradients."
+)
 
 
-def masking_sentence(found: MaskingReport) -> str:
-    """The verdict for the summary of a page."""
+def masking_sentence(found: MaskingReport, model: str) -> str:
+    """The verdict on the model of this name, for the summary of a page."""
     place = f"{NORMS.get(found.norm, found.norm)}, radius {radius_text(found.eps, found.norm)}"
     first = f" {_sentence(found.reasons[0])}" if found.reasons else ""
-    return f"Gradient masking ({place}, {len(found.samples)} samples): {found.verdict}.{first}"
+    return (
+        f"Gradient masking of {model} ({place}, {len(found.samples)} samples): {found.verdict}."
+        f"{first}"
+    )
 
 
-def masking_sections(found: MaskingReport) -> list[Section]:
-    """Verdict with reasons and checks, then the pictures that there are numbers for."""
-    return [_verdict_section(found), *_surface_sections(found), *_number_sections(found)]
+def masking_sections(found: MaskingReport, model: str) -> list[Section]:
+    """Verdict with reasons and checks, then the pictures that there are numbers for.
+
+    Args:
+        found: the report.
+        model: name of the model that it is about.
+    """
+    return [
+        _verdict_section(found, model),
+        *_surface_sections(found, model),
+        *_number_sections(found, model),
+    ]
 
 
 def _sentence(text: str) -> str:
@@ -47,15 +64,16 @@ def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def _verdict_section(found: MaskingReport) -> Section:
+def _verdict_section(found: MaskingReport, model: str) -> Section:
     accuracy = (
         "there is no gradient to attack with"
         if found.gradient_accuracy is None
         else f"{percent(found.gradient_accuracy)} withstand the gradient attacks"
     )
     numbers = (
-        f"Of {len(found.samples)} samples {percent(found.clean_accuracy)} are right without an "
-        f"attack; {accuracy}; {percent(found.accuracy)} withstand every attack of all checks."
+        f"Of {len(found.samples)} samples {model} has {percent(found.clean_accuracy)} right "
+        f"without an attack; {accuracy}; {percent(found.accuracy)} withstand every attack of all "
+        f"checks."
     )
     columns = ("check", "result", "proof alone", "expected of useful gradients", "found")
     rows = [
@@ -65,15 +83,23 @@ def _verdict_section(found: MaskingReport) -> Section:
     ]  # fmt: skip
     place = f"{NORMS.get(found.norm, found.norm)}, radius {radius_text(found.eps, found.norm)}"
     return Section(
-        f"Gradient masking: {found.verdict}",
-        (_MEANING.get(found.verdict, ""), numbers, *map(_sentence, found.reasons)),
+        f"Gradient masking of {model}: {found.verdict}",
+        (_meaning(found), numbers, *map(_sentence, found.reasons)),
         table=table_of(columns, rows),
         caption=f"All checks at {place}. Where a share rests on few samples, an exact binomial "
         "test decides whether it is suspicious. Proof alone: suspicious, this check decides.",
     )
 
 
-def _surface_sections(found: MaskingReport) -> list[Section]:
+def _meaning(found: MaskingReport) -> str:
+    """What the verdict means; a flat cross-entropy says nothing of attacks on the margin."""
+    proofs = [check.name for check in found.checks if check.suspicious and check.decisive]
+    if found.verdict == "masked" and proofs == ["gradient norms"] and found.flat_entropy:
+        return _FLAT
+    return _MEANING.get(found.verdict, "")
+
+
+def _surface_sections(found: MaskingReport, model: str) -> list[Section]:
     surface = found.surface
     if surface is None or not len(surface.samples):
         return []
@@ -89,16 +115,17 @@ def _surface_sections(found: MaskingReport) -> list[Section]:
     ]  # fmt: skip
     return [
         Section(
-            "The loss around samples",
+            f"The loss of {model} around samples",
             pictures=(
                 surfaces(maps, ball=found.norm, x_label=up, y_label=across, value="loss (nats)"),
                 rays(lines, title="Loss along the gradient", x_label=up, y_label="loss (nats)"),
             ),
-            caption="The loss is the log-odds of a wrong class: below 0 (purple) the prediction is "
-            "right, above (orange) wrong; the black line is the decision boundary, the circle the "
-            "sample, the dashes the edge of the ball of the radius in this plane. A useful "
-            "gradient leads smoothly up; a masked one meets flats, noise or cliffs. Inputs are "
-            "kept within their bounds, where there are some.",
+            caption="The loss is the log-odds of a wrong class. Below 0 (purple) the label has "
+            "more than half of the probability, so that the prediction is right; above (orange) "
+            "less: of two classes it is wrong there, of more it may still be right. The black line "
+            "is where the label has half, the circle the sample, the dashes the edge of the ball "
+            "of the radius in this plane. A useful gradient leads smoothly up; a masked one meets "
+            "flats, noise or cliffs. Inputs are kept within their bounds, where there are some.",
         )
     ]
 
@@ -107,7 +134,7 @@ def _name(surface: LossSurface, k: int) -> str:
     return f"sample {int(surface.samples[k])}"
 
 
-def _number_sections(found: MaskingReport) -> list[Section]:
+def _number_sections(found: MaskingReport, model: str) -> list[Section]:
     """Sizes of gradients, and accuracy with the radius growing."""
     checks = {check.name: check for check in found.checks}
     made = (
@@ -119,7 +146,7 @@ def _number_sections(found: MaskingReport) -> list[Section]:
         return []
     return [
         Section(
-            "Gradients and growing radii",
+            f"Gradients and growing radii of {model}",
             pictures=pictures,
             caption="Gradients of zero or that are not finite give an attack no direction. With a "
             "growing radius the accuracy must fall, and at the last one samples of one class alone "
@@ -149,7 +176,7 @@ def _growth_picture(found: MaskingReport, check: MaskingCheck | None) -> Picture
     radii, shares = numbers.get("eps", ()), numbers.get("accuracy", ())
     if len(radii) < 2:
         return None
-    scale = eps_scale(found.norm, radii)
+    scale = eps_scale(found.norm, [found.eps])  # those above it are in equal ratios
     nan = float("nan")
     values = [Estimate("", 100 * share, nan, nan) for share in shares]
     return labelled_lines(

@@ -79,7 +79,7 @@ class Spread:
 def surfaces(
     maps: Sequence[Surface], *, ball: str, x_label: str, y_label: str, value: str
 ) -> Picture:
-    """Losses around samples: right below 0, wrong above, with the boundary and the ball.
+    """Losses around samples: the label has most of the probability below 0, with the ball.
 
     Args:
         maps: one a sample, at most three are in a row.
@@ -190,4 +190,5 @@ def _surface_told(one: Surface) -> str:
 
     losses = np.asarray(one.losses, float)
     known = losses[np.isfinite(losses)]
-    return f"{one.title}: wrong in {np.mean(known > 0) if known.size else 0:.0%} of the map"
+    share = np.mean(known > 0) if known.size else 0
+    return f"{one.title}: above 0 in {share:.0%} of the map"
