@@ -148,8 +148,8 @@ class MaskingReport:
     def to_dict(self) -> dict[str, Any]:
         """All fields and `accuracy`, as JSON values."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        found: dict[str, Any] = to_json({**values, "accuracy": self.accuracy})
-        return found
+        told = values | {"accuracy": self.accuracy}
+        return {name: to_json(value) for name, value in told.items()}
 
 
 def _listed(reasons: Sequence[str]) -> list[str]:
