@@ -320,8 +320,8 @@ def _beaten_beyond(judged: MaskingReport | None, found: AttackedModel) -> Iterat
         if also:
             yield (
                 f"{found.name}, {radius_text(at.eps, at.norm)} in {at.norm}: the search for masked "
-                f"gradients beat {also} samples more, so that the accuracy over all attacks is at "
-                f"most {share(at.robust & ~beaten)} %, not {at.accuracy} %, which all tables, "
+                f"gradients beat {also} more of the samples, so that the accuracy over all attacks "
+                f"is at most {share(at.robust & ~beaten)} %, not {at.accuracy} %, which all tables, "
                 f"curves and differences tell"
             )
 
