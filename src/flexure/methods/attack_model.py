@@ -321,8 +321,8 @@ def _beaten_beyond(judged: MaskingReport | None, found: AttackedModel) -> Iterat
             yield (
                 f"{found.name}, {radius_text(at.eps, at.norm)} in {at.norm}: the search for masked "
                 f"gradients beat {also} more of the samples, so that the accuracy over all attacks "
-                f"is at most {share(at.robust & ~beaten)} %, not {at.accuracy} %, which all tables, "
-                f"curves and differences tell"
+                f"is at most {share(at.robust & ~beaten)} %, not {at.accuracy} %, which all "
+                f"tables, curves and differences tell"
             )
 
 
