@@ -33,13 +33,12 @@ L2 = "--eps l2:0.1,0.25,0.5"
 RUNS = {
     "sweep20": f"{RESNET20} --sweep {HALVES} --groups sites --budget 130 "
     f"--betas 0.6,0.7,0.75,0.8,0.9,1 --cs 0,0.15,0.25,0.5 {LINF} --attack apgd-ce",
-    "sweep56": f"{RESNET56} --sweep {HALVES} --groups layers --budget 40 "
+    "sweep56": f"{RESNET56} --sweep {HALVES} --groups layers --budget 20 "
     f"--betas 0.6,0.7,0.8,0.9,1 --cs 0,0.15,0.5 --match none,mean+std {LINF} --attack apgd-ce",
     "sweep20-l2": f"{RESNET20} --sweep {HALVES} --groups none --search none --match none "
     f"--betas 0.6,0.65,0.7,0.75,0.8,0.85,0.9,0.95,1 --cs 0.25,0.5 {L2} --attack apgd-ce",
-    "autoattack20": f"{RESNET20} --after {{sweep20}} --attack autoattack --eps linf:1/255 --seed 0",
-    "autoattack20-l2": f"{RESNET20} --after {{sweep20}} --samples 200 --attack autoattack "
-    "--eps l2:0.1 --seed 0",
+    "autoattack20": f"{RESNET20} --after {{sweep20}} --samples 300 --attack autoattack "
+    "--eps linf:1/255 --seed 0",
     "radii20": f"{RESNET20} --after {{sweep20}} --attack apgd-ce --attack apgd-dlr {LINF} {L2} "
     "--certify --seed 0",
     "masking20": f"{RESNET20} --after {{sweep20}} --samples 100 --attack apgd-ce --eps linf:1/255 "
@@ -73,21 +72,23 @@ def run(name: str, command: str, out: Path) -> None:
         words = [os.path.expandvars(word) for word in shlex.split(command)]
         resumed = ["--resume"] if (out / ".flexure-attack").exists() else []
         subprocess.run([sys.executable, "-m", *words, *resumed], check=True)
-    payload = shown(json.loads((out / "results.json").read_text()))
+    payload = shown(json.loads((out / "results.json").read_text()), out.parent)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(payload, indent=1) + "\n")
 
 
-def shown(value: Any) -> Any:
+def shown(value: Any, work: Path) -> Any:
     """Without what only pictures need, without local folders, and with lists of truths as text."""
     if isinstance(value, dict):
-        return {key: shown(item) for key, item in value.items() if key not in DROPPED}
+        return {key: shown(item, work) for key, item in value.items() if key not in DROPPED}
     if isinstance(value, list) and value and all(isinstance(item, bool) for item in value):
         return "".join(str(int(item)) for item in value)
     if isinstance(value, list):
-        return [shown(item) for item in value]
-    if isinstance(value, str) and "FLEXURE_DATA" in os.environ:
-        return value.replace(os.environ["FLEXURE_DATA"].rstrip("/"), "$FLEXURE_DATA")
+        return [shown(item, work) for item in value]
+    if not isinstance(value, str):
+        return value
+    for folder, name in ((os.environ.get("FLEXURE_DATA"), "$FLEXURE_DATA"), (str(work), "WORK")):
+        value = value.replace(folder.rstrip("/"), name) if folder else value
     return value
 
 

@@ -36,7 +36,8 @@ def swept(found: Mapping[str, Any]) -> None:
     table(
         ["dial", "clean", "difference", *(f"{head}" for head in heads)],
         [
-            [row["name"], share(row["clean"]), points(row["clean_difference"])]
+            [row["name"], share(row["clean"])]
+            + [points(row["clean_difference"]) if row["dial"] else ""]
             + [share(row["robust"][eps]) for eps in radii]
             for row in rows
         ],
@@ -98,9 +99,12 @@ def attacked(found: Mapping[str, Any]) -> None:
     lines = {(c["model"], c["norm"], c["protocol"], c["attack"]): c for c in found["curves"]}
     rows = []
     for (name, norm, protocol, attack), line in lines.items():
+        values = list(zip(line["eps"], line["accuracy"], strict=True))
+        clean = [name, "", "0", "", "", share(values[0][1])]
+        rows += [] if clean in rows else [clean]
         rows += [
-            [name, norm, radius_text(eps, norm) if eps else "0", protocol, attack, share(accuracy)]
-            for eps, accuracy in zip(line["eps"], line["accuracy"], strict=True)
+            [name, norm, radius_text(eps, norm), protocol, attack, share(accuracy)]
+            for eps, accuracy in values[1:]
         ]
     print(f"{samples} images.\n")
     table(["network", "norm", "eps", "protocol", "after", "right, %"], rows)
