@@ -856,6 +856,8 @@ ddp = DistributedDataParallel(model)
 first = train(ddp, trainable)
 assert all(map(torch.equal, before, model.buffers())), "buffers moved"
 torch.save(first, sys.argv[3] + str(rank))
+dist.barrier()
+dist.destroy_process_group()
 """
 
 

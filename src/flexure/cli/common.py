@@ -44,6 +44,7 @@ __all__ = [
 _LOCK = "lock"
 
 # What runs write into the store in their output folder, and into folders in there.
+_FOLDERS = ("*.adapter", "*.checkpoint")
 _WORK = ("**/*.safetensors", "*.checkpoint/*")
 _OURS = (
     "**/*.safetensors", "**/fingerprint.json", "**/.*.safetensors.*.tmp",
@@ -180,7 +181,7 @@ def begin(store: Path, what: str) -> None:
 
 def discard(store: Path) -> None:
     """Deletes what a run wrote into its store; anything else in there stays, and it with it."""
-    folders = {store}
+    folders = {store, *(path for pattern in _FOLDERS for path in store.glob(pattern))}
     for path in [path for pattern in _OURS for path in store.glob(pattern)]:
         path.unlink(missing_ok=True)
         folders.update(path.parents)
