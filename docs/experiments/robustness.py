@@ -33,11 +33,6 @@ L2 = "--eps l2:0.1,0.25,0.5"
 RUNS = {
     "sweep20": f"{RESNET20} --sweep {HALVES} --groups sites --budget 130 "
     f"--betas 0.6,0.7,0.75,0.8,0.9,1 --cs 0,0.15,0.25,0.5 {LINF} --attack apgd-ce",
-    "sweep20-loss2": f"{RESNET20} --sweep {HALVES} --groups sites --budget 110 "
-    "--betas 0.7,0.75,1 --cs 0,0.15 --match mean --clean-loss 0.02 --eps linf:1/255 "
-    "--attack apgd-ce",
-    "autoattack20-loss2": f"{RESNET20} --after {{sweep20-loss2}} --samples 200 "
-    "--attack autoattack --eps linf:1/255 --seed 0",
     "sweep56": f"{RESNET56} --sweep {HALVES} --groups layers --budget 20 "
     f"--betas 0.6,0.7,0.8,0.9,1 --cs 0,0.15,0.5 --match none,mean+std {LINF} --attack apgd-ce",
     "sweep20-l2": f"{RESNET20} --sweep {HALVES} --groups none --search none --match none "
