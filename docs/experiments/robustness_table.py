@@ -89,7 +89,7 @@ def best(found: Mapping[str, Any]) -> None:
     )
     count = len(found["candidates"])
     minutes = {stage: round(seconds / 60, 1) for stage, seconds in found["seconds"].items()}
-    print(f"{count} candidates; minutes: {minutes}.\n")
+    print(f"{count} candidates; minutes, of a resumed run those of its last part: {minutes}.\n")
 
 
 def attacked(found: Mapping[str, Any]) -> None:
@@ -128,17 +128,17 @@ def attacked(found: Mapping[str, Any]) -> None:
     for one in found["certified"] or ():
         print(f"Certified at l2 {one['eps']:g}: {share(one['accuracy'])}")
     for name, report in masks(found["masking"]):
-        print(f"Masking, {name}: {report['verdict']}; {' '.join(report['reasons'])}")
+        print(f"Masking, {name}: {report['verdict']}; {'; '.join(report['reasons'])}")
         for check in report["checks"]:
             print(f"  {check['name']}: {check['sentence']}")
     print()
 
 
 def masks(found: Any) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    """Masking reports by network."""
+    """The masking report, and of which network it is."""
     if found is None:
         return []
-    return [("", found)] if "verdict" in found else list(found.items())
+    return [(found.get("model", ""), found)]
 
 
 def corrupted(found: Mapping[str, Any]) -> None:
